@@ -1,0 +1,66 @@
+"""Errors for people: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class PrivgradError(Exception):
+    """A problem that the reader can mend. The command line prints it as one line and exits with 2."""
+
+
+class RefusedError(PrivgradError):
+    """A combination for which there is no proof of privacy. It is refused with the reason, never approximated."""
+
+
+class VerificationError(PrivgradError):
+    """A ledger, plan, certificate or model file that does not match the others. `privgrad verify` exits with 1."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The words of a hint: the nearest known name, or all of them where none is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(names) if names else "there is none in this version"
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Refuse anything that is not a finite number inside the given interval."""
+    wanted = []
+    if above is not None:
+        wanted.append(f"above {above:g}")
+    if at_least is not None:
+        wanted.append(f"at least {at_least:g}")
+    if below is not None:
+        wanted.append(f"below {below:g}")
+    if at_most is not None:
+        wanted.append(f"at most {at_most:g}")
+    expected = "a finite number " + " and ".join(wanted)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PrivgradError(f"{name} is {value!r}; expected {expected.strip()}")
+    inside = (
+        (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        raise PrivgradError(f"{name} is {value!r}; expected {expected}")
+
+
+def check_count(name: str, value: object, *, at_least: int = 1) -> None:
+    """Refuse anything that is not a whole number of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise PrivgradError(f"{name} is {value!r}; expected a whole number of at least {at_least}")

@@ -1,0 +1,191 @@
+"""What clipping needs of an engine, and an engine of clipping. Engines and mechanisms meet here and nowhere else.
+
+An engine goes through the batch once. For each unit it has a vector in RELEASE SPACE: named slots, by default one per
+trainable parameter. It gives the rule the norms of those vectors, block by block; the rule answers with weights of the
+same shape; the engine adds the weighted sums into a sink, as soon as it has them.
+
+    rows --loss, backward--> row gradients --fold--> unit gradients --encoding--> unit vectors --rule--> weighted sums --> sink
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Tree = Any
+"""Any nesting of tuples, lists and dicts of tensors, each with the row as its first dimension."""
+
+LossFn = Callable[[nn.Module, Tree], Tensor]
+"""loss_fn(model, batch) -> losses [rows]: one loss per row, each of that row only (batch-of-one semantics)."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which unit each row belongs to, and with which factor its gradient enters the unit's vector.
+
+    index: [rows], the unit of each row, in 0..units-1, not decreasing (a unit's rows stand together).
+    scale: [rows] or None (1): K views of one example have 1 / K each.
+    units: how many units there are; a unit may be without rows (an empty group): it contributes nothing.
+    """
+
+    index: Tensor
+    units: int
+    scale: Tensor | None = None
+
+    @staticmethod
+    def identity(rows: int) -> Fold:
+        """Every row is a unit."""
+        return Fold(torch.arange(rows), rows)
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """True where rows are units, in order and unscaled."""
+        rows = len(self.index)
+        return self.scale is None and rows == self.units and bool((self.index == torch.arange(rows)).all())
+
+
+class Need(IntEnum):
+    """What of a parameter's unit gradients must exist at once. Engines may do more, never less."""
+
+    NORMS = 0
+    """Norms and weighted sums only: nothing need be materialised."""
+    ROWS = 1
+    """Some rows of the weight only: the others are never computed."""
+    COORDINATES = 2
+    """Every coordinate of every unit's gradient: [units, *shape]."""
+
+
+class Encoding(Protocol):
+    """A linear map from a unit's gradient to its vector in release space: slots with names and shapes."""
+
+    def slots(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        """The slots of release space for trainable parameters of these shapes."""
+        ...
+
+    def need(self, parameter: str) -> Need:
+        """What the map needs of one parameter."""
+        ...
+
+    def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Unit gradients {parameter: [units, *shape]} to unit vectors {slot: [units, *slot shape]}."""
+        ...
+
+    def decode(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A sum in release space {slot: shape} back to parameter space {parameter: shape}."""
+        ...
+
+
+class Identity:
+    """Release space is parameter space."""
+
+    def slots(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
+        return shapes
+
+    def need(self, parameter: str) -> Need:
+        return Need.NORMS
+
+    def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return gradients
+
+    def decode(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return sums
+
+
+class Rule(Protocol):
+    """How much of each unit's vector enters the sum."""
+
+    separable: bool
+    """True: each block is decided by its own norms, and may be asked for alone, inside the backward pass."""
+
+    def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        """Weights for norms [units, len(blocks)] of the named block columns, in the same shape.
+
+        A weight of 0 means: this unit (and block) is left out by selection, never by multiplication (0 * NaN is NaN).
+        A rule that is not separable is called once per unit, with every block. Each (unit, block) is asked for once.
+        """
+        ...
+
+
+class Sink(Protocol):
+    """Where weighted sums go."""
+
+    def add(self, slot: str, value: Tensor) -> None:
+        """Add `value` (the slot's shape) to the slot's sum."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One batch's work for an engine.
+
+    blocks: the slots of each block; together every slot once.
+    """
+
+    batch: Tree
+    fold: Fold
+    encoding: Encoding
+    blocks: Sequence[Sequence[str]]
+    rule: Rule
+    sink: Sink
+
+
+class Engine(Protocol):
+    """Computes clipped sums. Contract: agrees with a loop of batch-of-one backward passes to 1e-5 relative (float32)."""
+
+    def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
+        """Add the weighted sum over `request`'s units to its sink. Leaves `.grad` and every buffer as they were."""
+        ...
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a private step may change, by name; tied ones once, frozen ones not at all."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class FlatSink:
+    """One float32 (or wider) buffer for all slots, with a view per slot: noise can be added in a single pass."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> None:
+        total = sum(shape.numel() for shape in shapes.values())
+        self.flat = torch.zeros(total, device=device, dtype=dtype)
+        self.views: dict[str, Tensor] = {}
+        start = 0
+        for slot, shape in shapes.items():
+            self.views[slot] = self.flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+
+    def add(self, slot: str, value: Tensor) -> None:
+        """Add to a slot's view."""
+        self.views[slot] += value
+
+
+def accumulation_dtype(model: nn.Module) -> torch.dtype:
+    """float32, or float64 where the model has any: norms and sums are never kept in less."""
+    wide = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return torch.float64 if wide else torch.float32
+
+
+def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
+    """Clip materialised unit vectors {slot: [units, ...]} by the request's rule and add them to its sink.
+
+    Units whose norm is not finite get the weight 0 from the rule and are selected out before they touch a sum.
+    """
+    squares = [
+        torch.stack([vectors[slot].flatten(1).square().sum(1) for slot in slots]).sum(0) for slots in request.blocks
+    ]
+    norms = torch.stack(squares, dim=1).sqrt()
+    weights = request.rule(norms, range(len(request.blocks)))
+    for column, slots in enumerate(request.blocks):
+        weight = weights[:, column]
+        dropped = weight == 0
+        for slot in slots:
+            flat = vectors[slot].flatten(1)
+            if bool(dropped.any()):
+                flat = torch.where(dropped[:, None], torch.zeros_like(flat), flat)
+            request.sink.add(slot, (weight @ flat).view(vectors[slot].shape[1:]))

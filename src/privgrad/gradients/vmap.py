@@ -1,0 +1,124 @@
+"""The reference engine: `torch.func.vmap` of `torch.func.grad`, in micro-batches that fit a memory budget.
+
+It covers every model that torch.func can batch, it cannot couple examples (each row's forward sees that row alone), and it
+is the yardstick for faster engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from privgrad.errors import PrivgradError
+from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
+from privgrad.gradients.memory import rows_within
+
+
+class _WithLoss(nn.Module):
+    """A model and its loss as one module, so that `functional_call` swaps the parameters under both."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def forward(self, batch: Tree) -> Tensor:
+        losses = self.loss_fn(self.model, batch)
+        rows = _rows(batch)
+        if not isinstance(losses, Tensor) or losses.shape != (rows,):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise PrivgradError(
+                f"loss_fn returned {got} for {rows} row(s); expected one loss per row, shape ({rows},): "
+                "use reduction='none' and average over everything but the first dimension"
+            )
+        return losses.sum()
+
+
+def _rows(batch: Tree) -> int:
+    return len(pytree.tree_leaves(batch)[0])
+
+
+class VmapEngine:
+    """Materialises unit gradients chunk by chunk.
+
+    memory: bytes for one chunk's gradients and activations; None chooses (see `gradients.memory`). It changes nothing in
+    the mathematics: a unit's rows are never divided between chunks.
+    """
+
+    def __init__(self, memory: int | None = None) -> None:
+        self.memory = memory
+        self._rows_per_chunk: int | None = None
+
+    def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
+        """See `contract.Engine.accumulate`."""
+        rows = len(request.fold.index)
+        if rows == 0:
+            return
+        module = _WithLoss(model, loss_fn)
+        parameters = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
+        buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+        if self._rows_per_chunk is None:
+            row = pytree.tree_map(lambda leaf: leaf[:1], request.batch)
+            self._rows_per_chunk = rows_within(self.memory, module, row, sum(p.numel() for p in parameters.values()))
+        dtype = accumulation_dtype(model)
+        for batch, fold in _chunks(request.batch, request.fold, self._rows_per_chunk):
+            row_gradients = _row_gradients(module, parameters, buffers, batch)
+            gradients = {
+                name.removeprefix("model."): _fold_rows(gradient.to(dtype), fold) for name, gradient in row_gradients.items()
+            }
+            add_weighted(request, request.encoding.encode(gradients))
+
+
+def _row_gradients(
+    module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Tree
+) -> dict[str, Tensor]:
+    """{parameter: [rows, *shape]}: each row through the model as a batch of one."""
+
+    def loss(values: dict[str, Tensor], row: Tree) -> Any:
+        one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
+        return torch.func.functional_call(module, {**values, **buffers}, (one,))
+
+    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    try:
+        gradients: dict[str, Tensor] = per_row(dict(parameters), batch)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PrivgradError(
+            f"the vmap engine cannot take per-example gradients of this model: {reason}. In-place changes of buffers "
+            "(BatchNorm in train mode) and some fused operators (LSTM, GRU) are the usual cause"
+        ) from error
+    return gradients
+
+
+def _fold_rows(gradient: Tensor, fold: Fold) -> Tensor:
+    """[rows, *shape] to [units, *shape]: the scaled sum over each unit's rows."""
+    if fold.is_identity:
+        return gradient
+    if fold.scale is not None:
+        gradient = gradient * fold.scale.to(gradient).view(-1, *[1] * (gradient.dim() - 1))
+    units = gradient.new_zeros(fold.units, *gradient.shape[1:])
+    return units.index_add_(0, fold.index.to(gradient.device), gradient)
+
+
+def _chunks(batch: Tree, fold: Fold, rows_per_chunk: int) -> Iterator[tuple[Tree, Fold]]:
+    """Consecutive parts of at most `rows_per_chunk` rows (more where a single unit has more), whole units each."""
+    counts = torch.bincount(fold.index, minlength=fold.units).tolist()
+    row = unit = 0
+    while unit < fold.units:
+        first, rows = unit, 0
+        while unit < fold.units and (rows == 0 or rows + counts[unit] <= rows_per_chunk):
+            rows += counts[unit]
+            unit += 1
+        if rows == 0:
+            return
+        part = slice(row, row + rows)
+        scale = None if fold.scale is None else fold.scale[part]
+        yield (
+            pytree.tree_map(lambda leaf, part=part: leaf[part], batch),
+            Fold(fold.index[part] - first, unit - first, scale),
+        )
+        row += rows

@@ -1,0 +1,71 @@
+"""How a unit's vector is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from privgrad.errors import check_number
+from privgrad.mechanism.stage import Block, Clipping, Stage, State, Thresholds
+
+
+@dataclass(frozen=True)
+class FlatClipping(Stage):
+    """g * min(1, C / ||g||), the norm over all trainable parameters together (arXiv:1607.00133, algorithm 1).
+
+    Guarantee: every unit's vector lies in the l2 ball of radius max_norm.
+    """
+
+    kind: ClassVar[str] = "flat"
+    separable: ClassVar[bool] = False
+
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("clipping.max_norm", self.max_norm, above=0)
+
+    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+        return (Block("gradient", tuple(slots), self.max_norm),)
+
+    def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
+        # A norm of 0 divides to infinity, which the minimum turns into 1.
+        return (thresholds / norms).clamp_(max=1.0)
+
+    @property
+    def words(self) -> str:
+        return f"each contribution is scaled down to an l2 norm of at most {self.max_norm:g}"
+
+
+class ClippingRule:
+    """A clipping stage as an engine sees it: weights for finite norms, 0 for the others, side releases into their sum.
+
+    side: a thresholds stage, its state and the [blocks] sum that its side contributions are added to; or None.
+
+    Guarantee: a unit (for separable rules: a unit's block) whose norm is not finite contributes exactly zero, to the gradient
+    and to the side release.
+    """
+
+    def __init__(
+        self, clipping: Clipping, thresholds: Tensor, side: tuple[Thresholds, State, Tensor] | None = None
+    ) -> None:
+        self.separable = clipping.separable
+        self._clipping = clipping
+        self._thresholds = thresholds
+        self._side = side
+
+    def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        """See `gradients.contract.Rule`."""
+        columns = list(blocks)
+        finite = norms.isfinite()
+        if not self.separable:
+            finite = finite.all(dim=1, keepdim=True).expand_as(norms)
+        zero = torch.zeros_like(norms)
+        safe = torch.where(finite, norms, zero)
+        if self._side is not None:
+            stage, state, sums = self._side
+            sums[columns] += torch.where(finite, stage.side(state, safe, columns), zero).sum(0)
+        return torch.where(finite, self._clipping.weights(safe, self._thresholds.to(norms)[columns]), zero)

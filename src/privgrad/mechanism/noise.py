@@ -1,0 +1,76 @@
+"""Gaussian noise for a whole step, in one pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.stage import Stage
+from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum
+from privgrad.privacy.ledger import Receipt
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Stage):
+    """N(0, s^2) on every coordinate of everything that a step releases.
+
+    multiplier: the JOINT z = s / R of the step; None until the plan is calibrated; 0 is no privacy at all.
+    side_share: the share of 1/z^2 that charged side releases get, split evenly among them; the gradient gets the rest.
+    insecure_seed: reproducible noise and sampling; the guarantee then holds only while the seed stays secret.
+
+    Guarantee: 1/z^2 = sum over parts of (R_p / s_p)^2, one Gaussian mechanism per step. Within the gradient all parts have the
+    same s = z_grad sqrt(sum R_p^2).
+    """
+
+    kind: ClassVar[str] = "gaussian"
+
+    multiplier: float | None = None
+    side_share: float = 0.05
+    insecure_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.multiplier is not None:
+            check_number("noise.multiplier", self.multiplier, at_least=0)
+        check_number("noise.side_share", self.side_share, above=0, below=1)
+        if self.insecure_seed is not None:
+            check_count("noise.insecure_seed", self.insecure_seed, at_least=0)
+
+    def scales(self, sums: ClippedSum) -> dict[str, float]:
+        """The standard deviation of each part."""
+        if self.multiplier is None:
+            raise PrivgradError("noise.multiplier is not set; give it, or calibrate the plan to an epsilon")
+        distances = {part.name: sums.distance(part) for part in sums.parts}
+        side = [part.name for part in sums.parts if part.consumer is not Consumer.UPDATE]
+        gradient = [part.name for part in sums.parts if part.consumer is Consumer.UPDATE]
+        gradient_multiplier = self.multiplier / math.sqrt(1 - self.side_share) if side else self.multiplier
+        together = math.sqrt(sum(distances[name] ** 2 for name in gradient))
+        scales = dict.fromkeys(gradient, gradient_multiplier * together)
+        for name in side:
+            scales[name] = self.multiplier * math.sqrt(len(side) / self.side_share) * distances[name]
+        return scales
+
+    def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
+        """Add the noise in place. One draw covers the flat buffer; each slot scales its stretch of it."""
+        scales = self.scales(sums)
+        noise = source.at(receipt.step).normal_(torch.empty_like(sums.flat))
+        start = 0
+        by_slot = {slot: scales[part.name] for part in sums.parts for slot in part.slots}
+        for slot, value in sums.values.items():
+            stretch = noise[start : start + value.numel()]
+            value.view(-1).add_(stretch, alpha=by_slot[slot])
+            start += value.numel()
+        return NoisedSum(sums, scales, receipt)
+
+    @property
+    def words(self) -> str:
+        generator = (
+            "a cryptographic generator (AES-256 in counter mode) with a key that was never stored"
+            if self.insecure_seed is None
+            else "a seeded generator: THE GUARANTEE HOLDS ONLY WHILE THE SEED STAYS SECRET"
+        )
+        return f"Gaussian noise, {self.multiplier or 0:.6g} times what one {{unit}} can change, drawn from {generator}"

@@ -1,0 +1,234 @@
+"""A Plan: one mechanism as plain numbers, one choice per stage, no data in it.
+
+From it come, and only from it, the event that is accounted for, the step that runs, and the words of the certificate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dp_accounting import DpEvent
+
+from privgrad.errors import PrivgradError, check_count, check_number, nearest
+from privgrad.files import digest
+from privgrad.mechanism import stage as protocols
+from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.noise import GaussianNoise
+from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Statistics, Thresholds
+from privgrad.privacy import accounting
+from privgrad.privacy.accounting import Precision
+from privgrad.privacy.adjacency import Adjacency, Example
+from privgrad.privacy.calibration import calibrate
+from privgrad.privacy.events import Accountant, compose, relation, step_event
+from privgrad.privacy.ledger import Terms
+
+KINDS: dict[str, dict[str, type[Any]]] = {
+    "protects": {"example": Example},
+    "sampling": {"poisson": PoissonSampling},
+    "groups": {},
+    "compression": {},
+    "clipping": {"flat": FlatClipping},
+    "thresholds": {},
+    "noise": {"gaussian": GaussianNoise},
+    "mixing": {},
+    "statistics": {},
+}
+"""What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
+
+_PROTOCOLS: dict[str, type[Any]] = {
+    "groups": protocols.Groups,
+    "compression": protocols.Compression,
+    "clipping": protocols.Clipping,
+    "thresholds": protocols.Thresholds,
+    "noise": protocols.Noise,
+    "mixing": protocols.Mixing,
+    "statistics": protocols.Statistics,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One differentially private training mechanism.
+
+    steps: how many steps may be charged. Steps lost in a crash count, so that the budget holds whatever happens.
+    delta: the delta at which epsilon is stated.
+
+    Guarantee: running the plan is (epsilon(delta), delta)-DP for every delta, for the unit `protects` and the adjacency.
+
+    Raises:
+        PrivgradError: a stage of the wrong type or with wrong numbers.
+        RefusedError: a combination without a proof.
+    """
+
+    sampling: PoissonSampling
+    steps: int
+    noise: Noise = GaussianNoise()
+    clipping: Clipping = FlatClipping()
+    protects: Example = Example()
+    groups: Groups | None = None
+    compression: Compression | None = None
+    thresholds: Thresholds | None = None
+    mixing: Mixing | None = None
+    statistics: Statistics | None = None
+    adjacency: Adjacency = Adjacency.ZERO_OUT
+    accountant: Accountant = Accountant.PLD
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        check_number("delta", self.delta, above=0, below=1)
+        object.__setattr__(self, "adjacency", _choice("adjacency", Adjacency, self.adjacency))
+        object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))
+        for name, protocol in _PROTOCOLS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, protocol):
+                raise PrivgradError(f"{name} is {value!r}; expected a {protocol.__name__} stage")
+        if not isinstance(self.sampling, PoissonSampling):
+            raise PrivgradError(f"sampling is {self.sampling!r}; expected PoissonSampling")
+        self.sampling.check(self.adjacency)
+        if self.sampling.rate is not None or self.sampling.dataset_size is not None:
+            relation(self.sampling.sampler, self.adjacency, self.accountant)
+
+    @property
+    def divisor(self) -> float:
+        """The constant that the noised sum is divided by: the expected batch size, or the number of groups."""
+        return float(self.groups.count) if self.groups is not None else self.sampling.normaliser
+
+    def step_event(self) -> DpEvent:
+        """The event of one step, everything that it releases included."""
+        if self.noise.multiplier is None:
+            raise PrivgradError("noise.multiplier is not set; give it, or calibrate the plan to an epsilon")
+        return step_event(
+            self.sampling.sampler,
+            self.adjacency,
+            self.accountant,
+            multiplier=self.noise.multiplier,
+            rate=self.sampling.probability,
+            grouped=self.groups is not None,
+        )
+
+    def event(self, steps: int | None = None) -> DpEvent:
+        """The event of `steps` steps (all of them by default)."""
+        return compose({self.step_event(): self.steps if steps is None else steps})
+
+    def epsilon(
+        self, delta: float | None = None, *, steps: int | None = None, precision: Precision = Precision.FINE
+    ) -> float:
+        """An upper bound on the epsilon of `steps` steps (all by default) at `delta` (the plan's by default)."""
+        rules = relation(self.sampling.sampler, self.adjacency, self.accountant)
+        at = self.delta if delta is None else delta
+        return accounting.epsilon(self.event(steps), at, rules, self.accountant, precision)
+
+    def calibrate(self, epsilon: float, delta: float | None = None) -> Plan:
+        """This plan with the smallest noise multiplier that keeps epsilon at `delta` within the target, never above it."""
+        plan = self if delta is None else dataclasses.replace(self, delta=delta)
+        return plan.with_multiplier(calibrate(lambda z, grid: plan.with_multiplier(z).epsilon(precision=grid), epsilon))
+
+    def with_multiplier(self, multiplier: float) -> Plan:
+        """This plan with another noise multiplier."""
+        noise: Any = self.noise
+        return dataclasses.replace(self, noise=dataclasses.replace(noise, multiplier=multiplier))
+
+    def for_dataset(self, size: int) -> Plan:
+        """This plan with the size of its data set filled in, where the plan needs it; another size is refused."""
+        known = self.sampling.dataset_size
+        if known is not None and known != size:
+            raise PrivgradError(
+                f"the plan was made for {known} records and the data set has {size}; "
+                "make the plan from this data set (sampling.dataset_size)"
+            )
+        sampling = self.sampling
+        if sampling.expected_batch_size is not None:
+            sampling = dataclasses.replace(sampling, dataset_size=size)
+        elif sampling.divisor is None and self.adjacency is not Adjacency.ADD_REMOVE:
+            sampling = dataclasses.replace(sampling, divisor=sampling.probability * size)
+        return dataclasses.replace(self, sampling=sampling)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What each stage does, for the certificate."""
+        unit = self.protects.words
+        stages = {name: getattr(self, name) for name in KINDS if name != "protects"}
+        return {name: chosen.words.format(unit=unit) for name, chosen in stages.items() if chosen is not None}
+
+    def terms(self) -> Terms:
+        """The first line of this plan's ledger."""
+        return Terms(self.digest(), self.sampling.sampler, self.adjacency, self.accountant, self.delta)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON: two plans are the same mechanism exactly if their digests are equal."""
+        return digest(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain numbers and names; `from_json` reads it back."""
+        content: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in KINDS:
+                content[field.name] = None if value is None else _stage_to_json(field.name, value)
+            else:
+                content[field.name] = _plain(field, value)
+        return content
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """The plan of a dictionary made by `to_json`, or of the same keys from a configuration file."""
+        known = {field.name for field in dataclasses.fields(Plan)}
+        values: dict[str, Any] = {}
+        for key, value in data.items():
+            if key not in known:
+                raise PrivgradError(f"plan.{key} is an unknown key; {nearest(key, known)}")
+            values[key] = stage_from_json(key, value) if key in KINDS and value is not None else value
+        try:
+            return Plan(**values)
+        except TypeError as error:
+            raise PrivgradError(f"the plan is not complete: {error}") from error
+
+
+def _choice(name: str, choices: Any, value: Any) -> Any:
+    try:
+        return choices(value)
+    except ValueError:
+        raise PrivgradError(f"{name} is {value!r}; {nearest(str(value), [c.value for c in choices])}") from None
+
+
+def _stage_to_json(slot: str, value: Any) -> dict[str, Any]:
+    kind = next((kind for kind, cls in KINDS[slot].items() if type(value) is cls), None)
+    if kind is None:
+        # A mechanism of the user's own: named, so that ledger and certificate can tell it from ours; read back by nobody.
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+    return {"kind": kind, **{field.name: _plain(field, getattr(value, field.name)) for field in dataclasses.fields(value)}}
+
+
+def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value as JSON knows it. 1 and 1.0 are the same number to a float field, and must give the same digest."""
+    if isinstance(value, int) and not isinstance(value, bool) and "float" in str(field.type):
+        return float(value)
+    return value
+
+
+def stage_from_json(slot: str, data: Any) -> Any:
+    """The stage of `{"kind": ..., **its numbers}`.
+
+    Raises:
+        PrivgradError: an unknown kind or key (with the nearest known one), or a missing or wrong number.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
+        raise PrivgradError(f"plan.{slot} is {data!r}; expected a table with a 'kind'")
+    kind = data["kind"]
+    if kind not in KINDS[slot]:
+        raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(kind, KINDS[slot])}")
+    cls = KINDS[slot][kind]
+    known = [field.name for field in dataclasses.fields(cls)]
+    values = {key: value for key, value in data.items() if key != "kind"}
+    for key in values:
+        if key not in known:
+            raise PrivgradError(f"plan.{slot}.{key} is an unknown key for kind {kind!r}; {nearest(key, known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise PrivgradError(f"plan.{slot}: {error}") from error

@@ -1,0 +1,117 @@
+"""Random numbers that privacy rests on: a cryptographic keystream by default, a seeded generator on request.
+
+Noise and sampling each have a source of their own. The secure key is fresh at every process start and never stored; a
+seeded source is indexed by the charged step, so that no noise is ever added to two different sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from typing import Protocol
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor
+
+
+class Source(Protocol):
+    """Independent random numbers for one purpose."""
+
+    def at(self, step: int) -> Source:
+        """The source for charged step `step`: the same one, or for a seeded source the stream of that step."""
+        ...
+
+    def normal_(self, out: Tensor) -> Tensor:
+        """Fill a flat float tensor with independent standard normals."""
+        ...
+
+    def coins(self, count: int, probability: float) -> Tensor:
+        """[count] booleans, each true with at most (and within 2^-53 of) the given probability."""
+        ...
+
+    def integers(self, count: int, high: int) -> Tensor:
+        """[count] int64, uniform on 0..high-1."""
+        ...
+
+
+class SecureSource:
+    """AES-256 in counter mode (the `cryptography` package), keyed by the operating system.
+
+    Guarantee: the numbers are indistinguishable from uniform for anyone without the key, which never leaves this object.
+    """
+
+    def __init__(self) -> None:
+        cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16)))
+        self._stream = cipher.encryptor()
+
+    def at(self, step: int) -> SecureSource:
+        return self
+
+    def normal_(self, out: Tensor) -> Tensor:
+        # Box-Muller in double precision on 53-bit uniforms: tails reach 8.5 sigma, and no value can repeat by rounding.
+        pairs = (out.numel() + 1) // 2
+        uniforms = self._uniforms(2 * pairs)
+        radius = uniforms[:pairs].add_(2.0**-53).log_().mul_(-2).sqrt_()
+        angle = uniforms[pairs:].mul_(2 * math.pi)
+        normals = torch.cat([radius * angle.cos(), radius * angle.sin()])
+        return out.copy_(normals[: out.numel()])
+
+    def coins(self, count: int, probability: float) -> Tensor:
+        return _below(self._words(count), probability)
+
+    def integers(self, count: int, high: int) -> Tensor:
+        # Rejection: words above the largest multiple of `high` are drawn again, so that every value is equally likely.
+        limit = (2**53 // high) * high
+        found = torch.empty(0, dtype=torch.int64)
+        while len(found) < count:
+            words = self._words(count)
+            found = torch.cat([found, words[words < limit] % high])
+        return found[:count]
+
+    def _words(self, count: int) -> Tensor:
+        """[count] int64, uniform on 0..2^53-1."""
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64)
+        raw = bytearray(self._stream.update(bytes(8 * count)))
+        return torch.frombuffer(raw, dtype=torch.int64) >> 11 & (2**53 - 1)
+
+    def _uniforms(self, count: int) -> Tensor:
+        """[count] float64, uniform on the multiples of 2^-53 in [0, 1)."""
+        return self._words(count).to(torch.float64).mul_(2.0**-53)
+
+
+class SeededSource:
+    """torch's generator, one stream for each (seed, purpose, charged step): fast and reproducible.
+
+    Guarantee: only while the seed stays secret; the certificate says so.
+    """
+
+    def __init__(self, seed: int, purpose: str, step: int = 0) -> None:
+        self._seed = seed
+        self._purpose = purpose
+        mixed = hashlib.sha256(f"{purpose}:{seed}:{step}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
+
+    def at(self, step: int) -> SeededSource:
+        return SeededSource(self._seed, self._purpose, step)
+
+    def normal_(self, out: Tensor) -> Tensor:
+        return out.copy_(torch.randn(out.numel(), generator=self._generator))
+
+    def coins(self, count: int, probability: float) -> Tensor:
+        return _below(torch.randint(2**53, (count,), generator=self._generator), probability)
+
+    def integers(self, count: int, high: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self._generator)
+
+
+def _below(words: Tensor, probability: float) -> Tensor:
+    # Rounded down: a unit is sampled with at most the probability that is accounted for.
+    return words < math.floor(probability * 2**53)
+
+
+def source(seed: int | None, purpose: str) -> Source:
+    """A secure source, or where a seed is given a seeded one."""
+    return SecureSource() if seed is None else SeededSource(seed, purpose)

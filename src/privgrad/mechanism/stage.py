@@ -1,0 +1,159 @@
+"""The stages of a step, as protocols: a mechanism is one small frozen dataclass that satisfies one of them.
+
+What a stage remembers has one form, `init -> state`, `refresh(state, PublicView) -> state`, `update(state, Release) ->
+state`, where a state is a flat dictionary of tensors that one generic checkpoint stores. A stage sees the world through
+`PublicView` and `Release` only, so that a mask, a basis or a threshold that depends on private data cannot be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn
+from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.states import ClippedSum, NoisedSum, Release
+from privgrad.privacy.ledger import Receipt
+from privgrad.privacy.sensitivity import Bound
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PublicView:
+    """Everything that a stage may look at between two steps. No private data is reachable from it.
+
+    model: at the released weights. loss_fn: as given by the user. public: the public data set, or None.
+    step: steps charged so far. generator: public randomness, the same for everyone who knows the plan.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    public: Any
+    step: int
+    generator: torch.Generator
+
+
+class Stage:
+    """A stage without memory; the base of all others."""
+
+    kind: ClassVar[str]
+    """The stage's name in a configuration file."""
+
+    def init(self, shapes: Mapping[str, torch.Size]) -> State:
+        """The first state, from the shapes of the trainable parameters."""
+        return {}
+
+    def refresh(self, state: State, view: PublicView) -> State:
+        """The state for the coming step, from public things only."""
+        return state
+
+    def update(self, state: State, release: Release) -> State:
+        """The state after a step, from what the step released."""
+        return state
+
+    @property
+    def words(self) -> str:
+        """What the stage does, for the certificate."""
+        raise NotImplementedError(f"{type(self).__name__} must say in `words` what it does")
+
+
+@runtime_checkable
+class Groups(Protocol):
+    """Clips groups of units instead of units. It brings the engine that computes one vector per group."""
+
+    count: int
+
+    def assign(self, fold: Fold, source: Source) -> Fold:
+        """The fold of rows into groups. Each unit draws its group independently of all others."""
+        ...
+
+    def engine(self) -> Engine:
+        """Streams groups: one vector A(w, group) at a time."""
+        ...
+
+
+@runtime_checkable
+class Compression(Protocol):
+    """Chooses the release space of the coming step from public things."""
+
+    def encoding(self, state: State) -> Encoding:
+        """The linear map for the coming step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """Slots that are clipped together, to an l2 norm of at most max_norm where no thresholds stage says otherwise."""
+
+    name: str
+    slots: Sequence[str]
+    max_norm: float
+
+
+@runtime_checkable
+class Clipping(Protocol):
+    """Bounds every unit's vector, block by block."""
+
+    separable: bool
+
+    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+        """The blocks; together every slot once."""
+        ...
+
+    def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
+        """Weights [units, blocks] with weight * norm <= threshold, for finite norms of the same shape."""
+        ...
+
+
+@runtime_checkable
+class Thresholds(Protocol):
+    """Gives the clipping norms of the coming step from its state, and may ask for a charged side release."""
+
+    def values(self, state: State, max_norms: Tensor) -> Tensor:
+        """[blocks] positive thresholds."""
+        ...
+
+    def side_bound(self, thresholds: Tensor) -> Bound | None:
+        """The set in which one unit's [blocks] side contribution lies; None: there is no side release."""
+        ...
+
+    def side(self, state: State, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        """[units, len(blocks)]: what each unit contributes to the side release, from norms of the same shape."""
+        ...
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """Adds noise to a clipped sum."""
+
+    multiplier: float | None
+    insecure_seed: int | None
+
+    def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
+        """Noise every part so that the joint noise multiplier is `multiplier`."""
+        ...
+
+
+@runtime_checkable
+class Mixing(Protocol):
+    """Makes the release the weights."""
+
+    def mix(
+        self, state: State, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], rate: float, source: Source
+    ) -> Mapping[str, Tensor]:
+        """New weights from the released ones, the noised mean gradient and the learning rate."""
+        ...
+
+
+@runtime_checkable
+class Statistics(Protocol):
+    """Gives normalization layers the statistics of the coming step."""
+
+    def install(self, model: nn.Module, state: State) -> None:
+        """Put the state's statistics into the model's layers."""
+        ...

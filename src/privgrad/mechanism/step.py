@@ -1,0 +1,170 @@
+"""One private step: the stages in the order in which data passes them.
+
+    sample --groups--> fold --engine, encoding, clipping--> ClippedSum --ledger, noise--> NoisedSum --mixing or decoding--> Release
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from privgrad.errors import PrivgradError
+from privgrad.gradients.contract import (
+    Engine,
+    FlatSink,
+    Fold,
+    Identity,
+    LossFn,
+    Request,
+    Tree,
+    accumulation_dtype,
+    trainable,
+)
+from privgrad.mechanism.clipping import ClippingRule
+from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.randomness import source
+from privgrad.mechanism.stage import Block, PublicView, Stage, State
+from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum, Part, Release
+from privgrad.privacy.ledger import Ledger
+from privgrad.privacy.sensitivity import Bound
+
+_STAGES = ("groups", "compression", "clipping", "thresholds", "noise", "mixing", "statistics")
+_SIDE_SLOT = "thresholds/side"
+
+Reduce = Callable[[Tensor], None]
+"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum."""
+
+
+@dataclass
+class StepRunner:
+    """Runs a plan's steps on a model. Holds what the stages remember; moves no weights itself.
+
+    Guarantee: `release` charges the plan's own event before it draws noise, and refuses to release anything whose joint
+    noise multiplier, taken from what was really added, is below the one that is charged.
+    """
+
+    plan: Plan
+    model: nn.Module
+    loss_fn: LossFn
+    engine: Engine
+    ledger: Ledger
+    public: Any = None
+    reduce: Reduce | None = None
+    states: dict[str, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._parameters = trainable(self.model)
+        if not self._parameters:
+            raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self._stages: dict[str, Stage] = {
+            name: getattr(self.plan, name) for name in _STAGES if getattr(self.plan, name) is not None
+        }
+        self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
+        if self.plan.groups is not None:
+            self.engine = self.plan.groups.engine()
+        seed = self.plan.noise.insecure_seed
+        self._noise = source(seed, "noise")
+        self._grouping = source(seed, "groups")
+        self._mixing = source(seed, "mixing")
+        self._event = self.plan.step_event()
+
+    def release(self, batch: Tree, fold: Fold, rate: float | None = None) -> Release:
+        """One step: batch (rows first, on the model's device) to what may be seen. rate: the learning rate, for mixing."""
+        if self.ledger.count >= self.plan.steps:
+            raise PrivgradError(f"all {self.plan.steps} steps of the plan are charged; a longer training is another plan")
+        sums = self.clipped_sum(batch, fold)
+        if self.reduce is not None:
+            self.reduce(sums.flat)
+        receipt = self.ledger.charge(self._event)
+        noised = self.plan.noise.add(sums, receipt, self._noise)
+        self._check(noised)
+        release = self._last_stage(noised, rate)
+        self.states = {name: stage.update(self.states[name], release) for name, stage in self._stages.items()}
+        return release
+
+    def clipped_sum(self, batch: Tree, fold: Fold) -> ClippedSum:
+        """PRIVATE. Refresh the stages, then clip and sum the batch. An empty batch gives zeros."""
+        self.refresh()
+        plan = self.plan
+        step = self.ledger.count + 1
+        grouped = plan.groups is not None
+        if plan.groups is not None:
+            fold = plan.groups.assign(fold, self._grouping.at(step))
+        encoding = Identity() if plan.compression is None else plan.compression.encoding(self.states["compression"])
+        slots = dict(encoding.slots(self._shapes))
+        blocks = plan.clipping.blocks(slots)
+        _check_partition(blocks, slots)
+
+        thresholds = torch.tensor([block.max_norm for block in blocks], dtype=torch.float64)
+        if plan.thresholds is not None:
+            thresholds = plan.thresholds.values(self.states["thresholds"], thresholds)
+        parts = [
+            Part(block.name, block.slots, Bound.ball(float(threshold)))
+            for block, threshold in zip(blocks, thresholds, strict=True)
+        ]
+        side_bound = None if plan.thresholds is None else plan.thresholds.side_bound(thresholds)
+        if side_bound is not None:
+            parts.append(Part(_SIDE_SLOT, (_SIDE_SLOT,), side_bound, Consumer.THRESHOLDS))
+            slots[_SIDE_SLOT] = torch.Size([len(blocks)])
+
+        device = next(iter(self._parameters.values())).device
+        sink = FlatSink(slots, device, accumulation_dtype(self.model))
+        side = None
+        if plan.thresholds is not None and side_bound is not None:
+            side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
+        rule = ClippingRule(plan.clipping, thresholds, side)
+        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink)
+        if len(fold.index):
+            self.engine.accumulate(self.model, self.loss_fn, request)
+        self._encoding = encoding
+        return ClippedSum(parts, sink.views, sink.flat, grouped)
+
+    def refresh(self) -> None:
+        """Let every stage look at what is public before the step."""
+        step = self.ledger.count
+        mixed = hashlib.sha256(f"{self._event!r}:{self.plan.steps}:{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
+        view = PublicView(self.model, self.loss_fn, self.public, step, generator)
+        self.states = {name: stage.refresh(self.states[name], view) for name, stage in self._stages.items()}
+        if self.plan.statistics is not None:
+            self.plan.statistics.install(self.model, self.states["statistics"])
+
+    def _check(self, noised: NoisedSum) -> None:
+        """What was added must be what was charged."""
+        claimed = self.plan.noise.multiplier or 0.0
+        if noised.multiplier() < claimed * (1 - 1e-9):
+            raise PrivgradError(
+                f"the noise that was added has a joint multiplier of {noised.multiplier():.6g} and the plan claims "
+                f"{claimed:.6g}; nothing was released"
+            )
+
+    def _last_stage(self, noised: NoisedSum, rate: float | None) -> Release:
+        mean = {
+            name: value / self.plan.divisor
+            for name, value in self._encoding.decode(noised.of(Consumer.UPDATE)).items()
+        }
+        side = {consumer: noised.of(consumer) for consumer in Consumer if consumer is not Consumer.UPDATE}
+        if self.plan.mixing is None:
+            return Release(noised.receipt, self.plan.divisor, update=mean, side=side)
+        if rate is None:
+            raise PrivgradError("mixing needs the learning rate of the step")
+        weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        mixed = self.plan.mixing.mix(self.states["mixing"], weights, mean, rate, self._mixing.at(noised.receipt.step))
+        return Release(noised.receipt, self.plan.divisor, weights=mixed, side=side)
+
+
+def _check_partition(blocks: list[Block] | Any, slots: Mapping[str, torch.Size]) -> None:
+    """Every slot must be clipped exactly once: one that is in no block would enter the sum unbounded."""
+    covered = [slot for block in blocks for slot in block.slots]
+    if sorted(covered) != sorted(slots):
+        missing = sorted(set(slots) - set(covered))
+        raise PrivgradError(
+            f"the clipping blocks must cover every parameter exactly once; missing: {missing or 'none'}, "
+            f"named twice or unknown: {sorted({slot for slot in covered if covered.count(slot) > 1 or slot not in slots})}"
+        )

@@ -1,0 +1,1 @@
+"""Layers and models that behave under differential privacy."""

@@ -1,0 +1,113 @@
+"""Small reference models. Any other torch module works as well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from privgrad.errors import PrivgradError, nearest
+
+
+class LogisticRegression(nn.Module):
+    """One linear layer on flattened inputs."""
+
+    def __init__(self, input_shape: Sequence[int], classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(math.prod(input_shape), classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, *input_shape] to logits [rows, classes]."""
+        logits: Tensor = self.linear(inputs.flatten(1))
+        return logits
+
+
+class MLP(nn.Module):
+    """Fully connected layers with tanh between them (bounded activations keep gradient norms, and so clipping, steady)."""
+
+    def __init__(self, input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (64,)) -> None:
+        super().__init__()
+        widths = [math.prod(input_shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.Tanh()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, *input_shape] to logits [rows, classes]."""
+        logits: Tensor = self.layers(inputs)
+        return logits
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 (LeCun et al. 1998) with tanh and average pooling, for images of at least 8 x 8 pixels.
+
+    Images smaller than 16 x 16 are padded to it, so that both poolings have something to pool.
+    """
+
+    def __init__(self, input_shape: Sequence[int], classes: int) -> None:
+        super().__init__()
+        if len(input_shape) != 3 or min(input_shape[1:]) < 8:
+            raise PrivgradError(
+                f"lenet5 needs images [channels, height, width] of at least 8 x 8 pixels; the data has {tuple(input_shape)}"
+            )
+        channels, height, width = input_shape
+        self.pad = nn.ZeroPad2d((0, max(0, 16 - width), 0, max(0, 16 - height)))
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 6, 5, padding=2),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.Tanh(),
+            nn.AvgPool2d(2),
+        )
+        with torch.no_grad():
+            features = self.features(self.pad(torch.zeros(1, *input_shape))).numel()
+        self.classifier = nn.Sequential(
+            nn.Flatten(), nn.Linear(features, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, classes)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, channels, height, width] to logits [rows, classes]."""
+        logits: Tensor = self.classifier(self.features(self.pad(inputs)))
+        return logits
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "logistic_regression": LogisticRegression,
+    "mlp": MLP,
+    "lenet5": LeNet5,
+}
+"""Models by their name in a configuration file: called with input_shape, classes and the configuration's arguments."""
+
+
+def build_model(name: str, input_shape: Sequence[int], classes: int, arguments: dict[str, object]) -> nn.Module:
+    """A reference model by name, or the user's own as "package.module:factory".
+
+    A factory is called like ours: factory(input_shape=..., classes=..., **arguments).
+    """
+    factory = MODELS.get(name)
+    if factory is None:
+        if ":" not in name:
+            raise PrivgradError(f"model.name is {name!r}; {nearest(name, MODELS)} (your own: 'package.module:factory')")
+        factory = _import_factory(name)
+    try:
+        model = factory(input_shape=tuple(input_shape), classes=classes, **arguments)
+    except TypeError as error:
+        raise PrivgradError(f"model {name!r} cannot be made with arguments {arguments}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise PrivgradError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _import_factory(name: str) -> Callable[..., nn.Module]:
+    import importlib
+
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PrivgradError(f"model.name is {name!r}, which cannot be imported: {error}") from error
+    return factory

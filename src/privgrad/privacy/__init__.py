@@ -1,0 +1,1 @@
+"""The promise: adjacency, protected unit, events, accountants, ledger, certificate. Imports no torch."""

@@ -1,0 +1,43 @@
+"""What is promised: which two data sets are neighbours, and what one unit of privacy is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar
+
+
+class Adjacency(StrEnum):
+    """Which pairs of data sets the guarantee makes hard to tell apart.
+
+    A record that "contributes nothing" holds no slot: it is not sampled, not counted, in no group and in no statistic.
+    """
+
+    ZERO_OUT = "zero_out"
+    """One record replaced by one that contributes nothing. The size of the data set is public."""
+    ADD_REMOVE = "add_remove"
+    """One record more or less. The size is private too: rate and normaliser are numbers that the user states."""
+    REPLACE_ONE = "replace_one"
+    """One record replaced by any other."""
+
+    @property
+    def words(self) -> str:
+        """The promise in plain words, for the certificate."""
+        return {
+            Adjacency.ZERO_OUT: "the data with and without the contribution of any one {unit} "
+            "(the number of records is public)",
+            Adjacency.ADD_REMOVE: "the data with and without any one {unit} (the number of records is private too)",
+            Adjacency.REPLACE_ONE: "the data with any one {unit} replaced by any other (the number of records is public)",
+        }[self]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Protects each record (row, image, document) of the data set by itself."""
+
+    kind: ClassVar[str] = "example"
+
+    @property
+    def words(self) -> str:
+        """What one unit is called in the certificate."""
+        return "record"

@@ -1,0 +1,59 @@
+"""The smallest noise multiplier that keeps a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from privgrad.errors import PrivgradError, check_number
+from privgrad.privacy.accounting import Precision
+
+TOLERANCE = 1e-3
+"""The multiplier is at most this much (relative) above the smallest one that keeps the budget."""
+_LARGEST = 1e7
+
+
+def calibrate(spent: Callable[[float, Precision], float], target: float) -> float:
+    """The smallest z (within TOLERANCE) with spent(z, FINE) <= target, for a `spent` that falls in z.
+
+    A bisection on the coarse grid comes close; the fine grid has the last word: what is returned was itself accounted
+    on the fine grid and found within the target.
+
+    Guarantee: spent(result, FINE) <= target, always.
+
+    Raises:
+        PrivgradError: a target that is not a positive finite number, or that no noise can reach at this delta.
+    """
+    check_number("epsilon", target, above=0)
+    near = _search(lambda z: spent(z, Precision.COARSE) <= target, start=1.0)
+    # The coarse grid overstates. Aim once more, at where it says what the fine grid would say is the target.
+    overstated = spent(near, Precision.COARSE) / spent(near, Precision.FINE)
+    near = _search(lambda z: spent(z, Precision.COARSE) <= target * overstated, start=near, stride=1.1)
+    return _search(lambda z: spent(z, Precision.FINE) <= target, start=near, stride=1 + TOLERANCE)
+
+
+def _search(holds: Callable[[float], bool], start: float, stride: float = 2.0) -> float:
+    """The smallest z, within TOLERANCE, for which `holds`."""
+    low, high = _bracket(holds, start, stride)
+    while high / low > 1 + TOLERANCE * 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _bracket(holds: Callable[[float], bool], start: float, stride: float) -> tuple[float, float]:
+    """(low, high) with holds(high) and not holds(low), searched outwards from `start` in strides that square."""
+    z, found = start, holds(start)
+    while True:
+        following = z / stride if found else z * stride
+        if following > _LARGEST:
+            raise PrivgradError(
+                f"no noise multiplier up to {_LARGEST:g} reaches the target epsilon at this delta; "
+                "raise epsilon or delta, or take fewer steps"
+            )
+        if following < 1 / _LARGEST:
+            raise PrivgradError("the target epsilon is so large that no noise is needed; lower epsilon")
+        now = holds(following)
+        if now != found:
+            return (following, z) if found else (z, following)
+        z, stride = following, min(stride * stride, 16.0)

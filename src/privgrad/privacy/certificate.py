@@ -1,0 +1,213 @@
+"""The certificate: what was promised for one trained model, as JSON and as Markdown for people.
+
+It follows the reporting list of Ponomareva et al. 2023 (How to DP-fy ML, arXiv:2303.00654, section 5.3). Every figure comes from
+the ledger; `verify` recomputes them.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from privgrad.files import digest
+from privgrad.privacy.adjacency import Adjacency
+from privgrad.privacy.events import Accountant, Sampler
+from privgrad.privacy.ledger import Record
+
+FORMAT = 1
+
+_ACCOUNTANTS = {
+    Accountant.PLD: "privacy loss distributions (PLD), rounded pessimistically",
+    Accountant.RDP: "Renyi differential privacy (RDP)",
+}
+
+_SAMPLERS = {
+    Sampler.POISSON: "Poisson sampling is assumed, and Poisson sampling is what was run",
+    Sampler.FULL_BATCH: "full batches are assumed, and full batches are what was run",
+}
+
+_NOT_COVERED = (
+    "Choices made by looking at other trainings on the same data: hyper-parameters, early stopping, the best of several runs. "
+    "Each further training on this data adds its own epsilon.",
+    "Floating-point arithmetic: the proof is about real numbers, the computer rounds.",
+    "The evaluation split: its records are declared not to be protected.",
+    "The computer that trained the model: whoever could read its memory or its disk saw the data itself.",
+    "What is true of people in general: a model may well teach something about a person whose data was not used at all.",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on data that is not protected."""
+
+    split: str
+    declared: str
+    """"public" or "held-out": in either case not protected by the guarantee."""
+    metrics: Mapping[str, float]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def make_certificate(
+    record: Record,
+    *,
+    plan: Mapping[str, Any],
+    words: Mapping[str, str],
+    unit: str,
+    noise_multiplier: float,
+    seeded: bool,
+    steps_planned: int,
+    steps_applied: int,
+    data: str,
+    model_digest: str,
+    evaluation: Evaluation | None,
+    created: str,
+) -> dict[str, Any]:
+    """The certificate of a finished run, with its own digest.
+
+    record: the ledger. plan, words: the plan's JSON and what its stages do. unit: one unit of privacy, in a word. created: when,
+    as text. epsilon is None where there is no guarantee (noise 0): JSON knows no infinity.
+    """
+    epsilon = record.spent()
+    terms = record.terms
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "created": created,
+        "guarantee": math.isfinite(epsilon),
+        "epsilon": epsilon if math.isfinite(epsilon) else None,
+        "delta": terms.delta,
+        "unit": unit,
+        "adjacency": {"name": terms.adjacency.value, "words": terms.adjacency.words.format(unit=unit)},
+        "attack_success": record.attack_success(),
+        "setting": "central: the trainer is trusted and sees the data; what leaves the training is protected",
+        "covers": "one training run, with every intermediate state of the weights and the final model",
+        "mechanism": dict(words),
+        "noise": {"multiplier": noise_multiplier, "secret_seed": seeded},
+        "accounting": {
+            "accountant": terms.accountant.value,
+            "words": _ACCOUNTANTS[terms.accountant],
+            "assumptions": _SAMPLERS[terms.sampler],
+            "library": f"dp-accounting {_version('dp-accounting')}",
+        },
+        "steps": {"planned": steps_planned, "charged": record.count, "applied": steps_applied},
+        "data": data,
+        "evaluation": None
+        if evaluation is None
+        else {"split": evaluation.split, "declared": evaluation.declared, **evaluation.metrics},
+        "disclosed": [],
+        "not_covered": list(_NOT_COVERED),
+        "ledger": {"steps": record.count, "head": record.head},
+        "plan": dict(plan),
+        "plan_digest": terms.plan,
+        "model_sha256": model_digest,
+        "software": {
+            "privgrad": _version("privgrad"),
+            "torch": _version("torch"),
+            "python": platform.python_version(),
+        },
+    }
+    return {**content, "digest": digest(content)}
+
+
+def rounded_epsilon(certificate: Mapping[str, Any]) -> str:
+    """epsilon as people read it: rounded upwards to two digits."""
+    epsilon = certificate["epsilon"]
+    return "none" if epsilon is None else f"{math.ceil(epsilon * 100) / 100:.2f}"
+
+
+def success_of_100(certificate: Mapping[str, Any]) -> int:
+    """How often in 100 fair in-or-out guesses an ideal attacker can be right at most, rounded upwards."""
+    return min(100, math.ceil(100 * certificate["attack_success"] - 1e-9))
+
+
+def statement(certificate: Mapping[str, Any]) -> str:
+    """The claim in one sentence."""
+    if not certificate["guarantee"]:
+        return "NO GUARANTEE: this model was trained without enough noise to protect anyone."
+    seed = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
+    return (
+        f"This model was trained with differential privacy: epsilon = {rounded_epsilon(certificate)}, "
+        f"delta = {certificate['delta']:g}, for each {certificate['unit']} of the training data.{seed}"
+    )
+
+
+def meaning(certificate: Mapping[str, Any]) -> str:
+    """What the claim means for one person, for readers who are no engineers."""
+    unit = certificate["unit"]
+    coin = f"whether one particular {unit} was used in training"
+    if certificate["adjacency"]["name"] == Adjacency.REPLACE_ONE:
+        coin = f"which of two particular {unit}s was used in training"
+    return (
+        f"Suppose that a coin decided {coin}, and that an attacker knows all other "
+        f"records, this method and every version of the model. Guessing how the coin fell, blindly, is right 50 times in 100. With "
+        f"the model it is right at most {success_of_100(certificate)} times in 100. That is the limit for an ideal attacker; attacks that "
+        "are known today stay well below it."
+    )
+
+
+def to_markdown(certificate: Mapping[str, Any]) -> str:
+    """The certificate as Markdown."""
+    c = certificate
+    lines = [
+        "# Privacy certificate",
+        "",
+        f"**{statement(c)}**",
+        "",
+        meaning(c),
+        "",
+        "## What is protected",
+        "",
+        f"- One unit of privacy: one {c['unit']}.",
+        f"- Hard to tell apart: {c['adjacency']['words']} (`{c['adjacency']['name']}`).",
+        f"- Setting: {c['setting']}.",
+        f"- Covers: {c['covers']}.",
+        f"- Data: {c['data']}.",
+        "",
+        "## How",
+        "",
+        *[f"- {name.capitalize()}: {text}." for name, text in c["mechanism"].items()],
+        f"- Steps: {c['steps']['planned']} planned, {c['steps']['charged']} charged to the ledger, "
+        f"{c['steps']['applied']} applied to the model.",
+        f"- Accounting: {c['accounting']['words']}, {c['accounting']['library']}; {c['accounting']['assumptions']}.",
+        "",
+        "## What is not covered",
+        "",
+        *[f"- {text}" for text in c["not_covered"]],
+        "",
+    ]
+    if c["evaluation"] is not None:
+        metrics = {key: value for key, value in c["evaluation"].items() if key not in ("split", "declared")}
+        lines += [
+            "## What was measured",
+            "",
+            f"On the split `{c['evaluation']['split']}`, declared {c['evaluation']['declared']} (not protected):",
+            "",
+            *[f"- {name.replace('_', ' ')}: {value:.4f}" for name, value in metrics.items()],
+            "",
+        ]
+    lines += [
+        "## To check it",
+        "",
+        "`privgrad verify RUN` recomputes epsilon from the ledger and compares every file of the run with this certificate.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| epsilon (exact) | {c['epsilon']} |",
+        f"| ledger | {c['ledger']['steps']} steps, head `{c['ledger']['head']}` |",
+        f"| plan | `{c['plan_digest']}` |",
+        f"| model.safetensors | `{c['model_sha256']}` |",
+        f"| this certificate | `{c['digest']}` |",
+        f"| made | {c['created']} with privgrad {c['software']['privgrad']}, torch {c['software']['torch']}, "
+        f"Python {c['software']['python']} |",
+        "",
+    ]
+    return "\n".join(lines)

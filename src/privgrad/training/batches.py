@@ -1,0 +1,100 @@
+"""Sampled batches through torch's DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from privgrad.errors import PrivgradError
+from privgrad.gradients.contract import Fold, Tree
+
+
+class SampledBatch:
+    """PRIVATE. One step's batch; it can be used once, so that no sample is ever charged once and used twice.
+
+    data: the collated rows (a tree of tensors, rows first), or None where no unit was sampled. fold: rows to units.
+    """
+
+    def __init__(self, data: Tree, fold: Fold) -> None:
+        self.data = data
+        self.fold = fold
+        self._used = False
+
+    @property
+    def used(self) -> bool:
+        """True after a step took the batch."""
+        return self._used
+
+    def take(self) -> tuple[Tree, Fold]:
+        """The content, once."""
+        if self._used:
+            raise PrivgradError("this batch was used already; every sampled batch is good for exactly one step")
+        self._used = True
+        return self.data, self.fold
+
+
+class _Rows(Dataset[Any]):
+    """A map-style data set asked for whole lists of rows: collated in the worker, with empty lists handled.
+
+    (DataLoader's own batching calls collate on an empty list, which fails.)
+    """
+
+    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
+        self.dataset = dataset
+        self.collate_fn = collate_fn
+
+    def __len__(self) -> int:
+        return size_of(self.dataset)
+
+    def __getitem__(self, indices: Tensor) -> Tree:
+        if len(indices) == 0:
+            return None
+        if type(self.dataset) is TensorDataset and self.collate_fn is None:
+            return tuple(tensor[indices] for tensor in self.dataset.tensors)
+        fetch = getattr(self.dataset, "__getitems__", None)
+        rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
+        return (self.collate_fn or default_collate)(rows)
+
+
+def size_of(dataset: Dataset[Any]) -> int:
+    """The number of rows.
+
+    Raises:
+        PrivgradError: a data set without a length or an order (an IterableDataset cannot be Poisson sampled), or an empty one.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise PrivgradError("the data set has no length or no order; Poisson sampling needs a map-style torch Dataset")
+    size = len(dataset)
+    if size == 0:
+        raise PrivgradError("the data set is empty; expected at least one record")
+    return size
+
+
+def _as_is(item: Tree) -> Tree:
+    return item
+
+
+def sampled_batches(
+    dataset: Dataset[Any],
+    draws: Iterator[Tensor],
+    *,
+    collate_fn: Callable[[list[Any]], Tree] | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[SampledBatch]:
+    """One batch per draw of unit indices. An empty draw gives a batch with data None: a step like any other."""
+    loader = DataLoader(
+        _Rows(dataset, collate_fn),
+        sampler=draws,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    for data in loader:
+        rows = 0 if data is None else len(torch.utils._pytree.tree_leaves(data)[0])
+        yield SampledBatch(data, Fold.identity(rows))

@@ -1,0 +1,83 @@
+"""Checkpoints: one safetensors file, replaced atomically. No pickle anywhere.
+
+Any tree of dicts, lists, tensors and plain values (a state_dict, an optimizer's state, stage states) is stored: tensors under
+numbered names, the shape of the tree as JSON in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from privgrad.errors import PrivgradError
+from privgrad.files import write_atomically
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write `tree` to `path`, whole or not at all.
+
+    Raises:
+        PrivgradError: a value that is neither a tensor nor plain, or a path that cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    structure = json.dumps(_flatten(tree, tensors))
+    write_atomically(path, save(tensors, metadata={"tree": structure}))
+
+
+def load_tree(path: Path) -> Any:
+    """The tree of a file written by `save_tree`."""
+    try:
+        with safe_open(str(path), framework="pt") as stream:
+            structure = json.loads(stream.metadata()["tree"])
+        tensors = load_file(path)
+        return _unflatten(structure, tensors)
+    except FileNotFoundError:
+        raise PrivgradError(f"{path} does not exist; there is nothing to resume from") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise PrivgradError(f"{path} is not a privgrad checkpoint, or is damaged: {error}") from error
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a model's state_dict as an ordinary safetensors file with the model's own keys."""
+    write_atomically(path, save({name: _own(value) for name, value in state.items()}))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    # safetensors refuses shared memory (tied weights): each name gets a copy of its own.
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        name = str(len(tensors))
+        tensors[name] = _own(node)
+        return {"tensor": name}
+    if isinstance(node, dict):
+        return {"dict": [[key, _flatten(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {"list": [_flatten(value, tensors) for value in node], "tuple": isinstance(node, tuple)}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"value": node}
+    raise PrivgradError(f"a checkpoint cannot hold a {type(node).__name__}; expected tensors, numbers, text, lists or dicts")
+
+
+def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if "tensor" in node:
+        return tensors[node["tensor"]]
+    if "dict" in node:
+        return {key: _unflatten(value, tensors) for key, value in node["dict"]}
+    if "list" in node:
+        items = [_unflatten(value, tensors) for value in node["list"]]
+        return tuple(items) if node["tuple"] else items
+    return node["value"]
+
+
+def random_state() -> Tensor:
+    """torch's own generator (dropout, augmentation), so that a resumed run goes on with it. Never noise or sampling."""
+    return torch.get_rng_state()
