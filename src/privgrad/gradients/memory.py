@@ -40,9 +40,10 @@ def rows_within(memory: int | None, module: nn.Module, row: Tree, parameters: in
     device = next(module.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     # A throw-away random state: looking at sizes must not move the user's generator.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            torch.func.functional_call(module, buffers, (row,))
+    random_devices = [device] if device.type == "cuda" else []
+    counting = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=random_devices), counting:
+        torch.func.functional_call(module, buffers, (row,))
     per_row = 8 * parameters + 2 * saved
     available = budget(device) if memory is None else memory
     return max(1, available // max(1, per_row))

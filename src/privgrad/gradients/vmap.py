@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
+from privgrad.gradients.contract import (
+    Fold,
+    LossFn,
+    Request,
+    Tree,
+    accumulation_dtype,
+    add_weighted,
+    trainable,
+)
 from privgrad.gradients.memory import rows_within
 
 
@@ -68,7 +76,8 @@ class VmapEngine:
         for batch, fold in _chunks(request.batch, request.fold, self._rows_per_chunk):
             row_gradients = _row_gradients(module, parameters, buffers, batch)
             gradients = {
-                name.removeprefix("model."): _fold_rows(gradient.to(dtype), fold) for name, gradient in row_gradients.items()
+                name.removeprefix("model."): _fold_rows(gradient.to(dtype), fold)
+                for name, gradient in row_gradients.items()
             }
             add_weighted(request, request.encoding.encode(gradients))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -14,6 +14,9 @@ from privgrad.mechanism.stage import Stage
 from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum
 from privgrad.privacy.ledger import Receipt
 
+SECRET: Literal["secret"] = "secret"
+"""What a stored plan holds in place of a seed."""
+
 
 @dataclass(frozen=True)
 class GaussianNoise(Stage):
@@ -21,7 +24,8 @@ class GaussianNoise(Stage):
 
     multiplier: the JOINT z = s / R of the step; None until the plan is calibrated; 0 is no privacy at all.
     side_share: the share of 1/z^2 that charged side releases get, split evenly among them; the gradient gets the rest.
-    insecure_seed: reproducible noise and sampling; the guarantee then holds only while the seed stays secret.
+    insecure_seed: reproducible noise and sampling; the guarantee then holds only while the seed stays secret, so that plans
+    are stored with the word "secret" in its place. Such a plan can be accounted for and not run.
 
     Guarantee: 1/z^2 = sum over parts of (R_p / s_p)^2, one Gaussian mechanism per step. Within the gradient all parts have the
     same s = z_grad sqrt(sum R_p^2).
@@ -31,13 +35,13 @@ class GaussianNoise(Stage):
 
     multiplier: float | None = None
     side_share: float = 0.05
-    insecure_seed: int | None = None
+    insecure_seed: int | Literal["secret"] | None = None
 
     def __post_init__(self) -> None:
         if self.multiplier is not None:
             check_number("noise.multiplier", self.multiplier, at_least=0)
         check_number("noise.side_share", self.side_share, above=0, below=1)
-        if self.insecure_seed is not None:
+        if self.insecure_seed not in (None, SECRET):
             check_count("noise.insecure_seed", self.insecure_seed, at_least=0)
 
     def scales(self, sums: ClippedSum) -> dict[str, float]:

@@ -16,7 +16,7 @@ from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import FlatClipping
-from privgrad.mechanism.noise import GaussianNoise
+from privgrad.mechanism.noise import SECRET, GaussianNoise
 from privgrad.mechanism.sampling import PoissonSampling
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Statistics, Thresholds
 from privgrad.privacy import accounting
@@ -133,6 +133,11 @@ class Plan:
         noise: Any = self.noise
         return dataclasses.replace(self, noise=dataclasses.replace(noise, multiplier=multiplier))
 
+    def with_seed(self, seed: int | None) -> Plan:
+        """This plan with its seed put back, which a stored plan does not hold."""
+        noise: Any = self.noise
+        return self if seed is None else dataclasses.replace(self, noise=dataclasses.replace(noise, insecure_seed=seed))
+
     def for_dataset(self, size: int) -> Plan:
         """This plan with the size of its data set filled in, where the plan needs it; another size is refused."""
         known = self.sampling.dataset_size
@@ -201,11 +206,16 @@ def _stage_to_json(slot: str, value: Any) -> dict[str, Any]:
     if kind is None:
         # A mechanism of the user's own: named, so that ledger and certificate can tell it from ours; read back by nobody.
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
-    return {"kind": kind, **{field.name: _plain(field, getattr(value, field.name)) for field in dataclasses.fields(value)}}
+    return {
+        "kind": kind,
+        **{field.name: _plain(field, getattr(value, field.name)) for field in dataclasses.fields(value)},
+    }
 
 
 def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value as JSON knows it. 1 and 1.0 are the same number to a float field, and must give the same digest."""
+    if field.name == "insecure_seed" and value is not None:
+        return SECRET  # plans are published; whoever has the seed can take the noise away
     if isinstance(value, int) and not isinstance(value, bool) and "float" in str(field.type):
         return float(value)
     return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,10 @@ class Stage:
 class Groups(Protocol):
     """Clips groups of units instead of units. It brings the engine that computes one vector per group."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """m: how many groups, and the constant divisor."""
+        ...
 
     def assign(self, fold: Fold, source: Source) -> Fold:
         """The fold of rows into groups. Each unit draws its group independently of all others."""
@@ -99,7 +102,10 @@ class Block:
 class Clipping(Protocol):
     """Bounds every unit's vector, block by block."""
 
-    separable: bool
+    @property
+    def separable(self) -> bool:
+        """True: each block is decided by its own norms alone."""
+        ...
 
     def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         """The blocks; together every slot once."""
@@ -131,8 +137,15 @@ class Thresholds(Protocol):
 class Noise(Protocol):
     """Adds noise to a clipped sum."""
 
-    multiplier: float | None
-    insecure_seed: int | None
+    @property
+    def multiplier(self) -> float | None:
+        """The joint z of everything that a step releases; None until calibrated."""
+        ...
+
+    @property
+    def insecure_seed(self) -> int | Literal["secret"] | None:
+        """The seed of reproducible noise, None for cryptographic noise, "secret" in a plan that was read back."""
+        ...
 
     def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
         """Noise every part so that the joint noise multiplier is `multiplier`."""
@@ -144,7 +157,12 @@ class Mixing(Protocol):
     """Makes the release the weights."""
 
     def mix(
-        self, state: State, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], rate: float, source: Source
+        self,
+        state: State,
+        weights: Mapping[str, Tensor],
+        update: Mapping[str, Tensor],
+        rate: float,
+        source: Source,
     ) -> Mapping[str, Tensor]:
         """New weights from the released ones, the noised mean gradient and the learning rate."""
         ...

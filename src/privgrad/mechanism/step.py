@@ -1,6 +1,6 @@
 """One private step: the stages in the order in which data passes them.
 
-    sample --groups--> fold --engine, encoding, clipping--> ClippedSum --ledger, noise--> NoisedSum --mixing or decoding--> Release
+sample --groups--> fold --engine, encoding, clipping--> ClippedSum --ledger, noise--> NoisedSum --mixing or decoding--> Release
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from privgrad.gradients.contract import (
     trainable,
 )
 from privgrad.mechanism.clipping import ClippingRule
+from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.randomness import source
+from privgrad.mechanism.randomness import Source, source
 from privgrad.mechanism.stage import Block, PublicView, Stage, State
 from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum, Part, Release
 from privgrad.privacy.ledger import Ledger
@@ -69,15 +70,24 @@ class StepRunner:
         if self.plan.groups is not None:
             self.engine = self.plan.groups.engine()
         seed = self.plan.noise.insecure_seed
-        self._noise = source(seed, "noise")
-        self._grouping = source(seed, "groups")
-        self._mixing = source(seed, "mixing")
+        if seed == SECRET:
+            raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+        self._seed = seed
+        self._noise = self.source("noise")
+        self._grouping = self.source("groups")
+        self._mixing = self.source("mixing")
         self._event = self.plan.step_event()
+
+    def source(self, purpose: str) -> Source:
+        """A source of its own for one purpose, of the quality that the plan asks for."""
+        return source(self._seed, purpose)
 
     def release(self, batch: Tree, fold: Fold, rate: float | None = None) -> Release:
         """One step: batch (rows first, on the model's device) to what may be seen. rate: the learning rate, for mixing."""
         if self.ledger.count >= self.plan.steps:
-            raise PrivgradError(f"all {self.plan.steps} steps of the plan are charged; a longer training is another plan")
+            raise PrivgradError(
+                f"all {self.plan.steps} steps of the plan are charged; a longer training is another plan"
+            )
         sums = self.clipped_sum(batch, fold)
         if self.reduce is not None:
             self.reduce(sums.flat)
@@ -146,10 +156,11 @@ class StepRunner:
 
     def _last_stage(self, noised: NoisedSum, rate: float | None) -> Release:
         mean = {
-            name: value / self.plan.divisor
-            for name, value in self._encoding.decode(noised.of(Consumer.UPDATE)).items()
+            name: value / self.plan.divisor for name, value in self._encoding.decode(noised.of(Consumer.UPDATE)).items()
         }
-        side = {consumer: noised.of(consumer) for consumer in Consumer if consumer is not Consumer.UPDATE}
+        side: dict[Consumer, Mapping[str, Tensor]] = {
+            consumer: noised.of(consumer) for consumer in Consumer if consumer is not Consumer.UPDATE
+        }
         if self.plan.mixing is None:
             return Release(noised.receipt, self.plan.divisor, update=mean, side=side)
         if rate is None:

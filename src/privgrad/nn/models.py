@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.Tanh()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
@@ -66,7 +67,12 @@ class LeNet5(nn.Module):
         with torch.no_grad():
             features = self.features(self.pad(torch.zeros(1, *input_shape))).numel()
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(features, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh(), nn.Linear(84, classes)
+            nn.Flatten(),
+            nn.Linear(features, 120),
+            nn.Tanh(),
+            nn.Linear(120, 84),
+            nn.Tanh(),
+            nn.Linear(84, classes),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

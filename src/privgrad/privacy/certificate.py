@@ -124,9 +124,14 @@ def rounded_epsilon(certificate: Mapping[str, Any]) -> str:
     return "none" if epsilon is None else f"{math.ceil(epsilon * 100) / 100:.2f}"
 
 
+def plain_delta(certificate: Mapping[str, Any]) -> str:
+    """delta without an exponent: 0.00001."""
+    return f"{certificate['delta']:.20f}".rstrip("0")
+
+
 def success_of_100(certificate: Mapping[str, Any]) -> int:
     """How often in 100 fair in-or-out guesses an ideal attacker can be right at most, rounded upwards."""
-    return min(100, math.ceil(100 * certificate["attack_success"] - 1e-9))
+    return min(100, math.ceil(100 * float(certificate["attack_success"]) - 1e-9))
 
 
 def statement(certificate: Mapping[str, Any]) -> str:
@@ -136,7 +141,7 @@ def statement(certificate: Mapping[str, Any]) -> str:
     seed = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
     return (
         f"This model was trained with differential privacy: epsilon = {rounded_epsilon(certificate)}, "
-        f"delta = {certificate['delta']:g}, for each {certificate['unit']} of the training data.{seed}"
+        f"delta = {plain_delta(certificate)}, for each {certificate['unit']} of the training data.{seed}"
     )
 
 
@@ -146,11 +151,13 @@ def meaning(certificate: Mapping[str, Any]) -> str:
     coin = f"whether one particular {unit} was used in training"
     if certificate["adjacency"]["name"] == Adjacency.REPLACE_ONE:
         coin = f"which of two particular {unit}s was used in training"
+    if not certificate["guarantee"] or success_of_100(certificate) == 100:
+        return "Nothing can be said about what an attacker may learn from the model about one person."
     return (
-        f"Suppose that a coin decided {coin}, and that an attacker knows all other "
-        f"records, this method and every version of the model. Guessing how the coin fell, blindly, is right 50 times in 100. With "
-        f"the model it is right at most {success_of_100(certificate)} times in 100. That is the limit for an ideal attacker; attacks that "
-        "are known today stay well below it."
+        f"Suppose that a coin decided {coin}, and that an attacker knows all other records, this method and every version of "
+        "the model. Guessing how the coin fell, blindly, is right 50 times in 100. With the model it is right at most "
+        f"{success_of_100(certificate)} times in 100. That is the limit for an ideal attacker; attacks that are known today "
+        "stay well below it."
     )
 
 

@@ -54,7 +54,9 @@ class Terms:
         """The terms of a first line; VerificationError where it does not hold them."""
         try:
             if data["format"] != _FORMAT:
-                raise VerificationError(f"the ledger has format {data['format']!r}; this version reads format {_FORMAT}")
+                raise VerificationError(
+                    f"the ledger has format {data['format']!r}; this version reads format {_FORMAT}"
+                )
             terms = Terms(
                 str(data["plan"]),
                 Sampler(data["sampler"]),
@@ -248,7 +250,9 @@ class Ledger:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._broken = True
-            raise PrivgradError(f"the ledger cannot be written ({error.strerror or error}); the step was not taken") from error
+            raise PrivgradError(
+                f"the ledger cannot be written ({error.strerror or error}); the step was not taken"
+            ) from error
 
 
 def _lock(stream: BinaryIO, path: Path) -> None:
@@ -256,4 +260,6 @@ def _lock(stream: BinaryIO, path: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stream.close()
-        raise PrivgradError(f"{path.parent} is in use by another privgrad process; wait for it or choose another directory") from None
+        raise PrivgradError(
+            f"{path.parent} is in use by another privgrad process; wait for it or choose another directory"
+        ) from None

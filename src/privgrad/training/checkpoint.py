@@ -64,7 +64,9 @@ def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:
         return {"list": [_flatten(value, tensors) for value in node], "tuple": isinstance(node, tuple)}
     if node is None or isinstance(node, bool | int | float | str):
         return {"value": node}
-    raise PrivgradError(f"a checkpoint cannot hold a {type(node).__name__}; expected tensors, numbers, text, lists or dicts")
+    raise PrivgradError(
+        f"a checkpoint cannot hold a {type(node).__name__}; expected tensors, numbers, text, lists or dicts"
+    )
 
 
 def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -18,7 +18,6 @@ from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.randomness import source
 from privgrad.mechanism.states import Release
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.accounting import Precision
@@ -36,7 +35,9 @@ class Spent:
     planned: int
 
     def __str__(self) -> str:
-        return f"epsilon = {round_up(self.epsilon)} at delta = {self.delta:g} after {self.steps} of {self.planned} steps"
+        return (
+            f"epsilon = {round_up(self.epsilon)} at delta = {self.delta:g} after {self.steps} of {self.planned} steps"
+        )
 
 
 def round_up(epsilon: float, digits: int = 3) -> str:
@@ -68,7 +69,7 @@ class Private:
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._workers = workers
-        self._sampling = source(runner.plan.noise.insecure_seed, "sampling")
+        self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
 
@@ -90,9 +91,7 @@ class Private:
         """
         units = size_of(self._dataset)
         first = self.ledger.count + 1
-        draws = (
-            self.plan.sampling.draw(units, self._sampling.at(step)) for step in range(first, self.plan.steps + 1)
-        )
+        draws = (self.plan.sampling.draw(units, self._sampling.at(step)) for step in range(first, self.plan.steps + 1))
         pin = next(iter(self._parameters.values())).is_cuda
         for batch in sampled_batches(
             self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin
@@ -100,7 +99,9 @@ class Private:
             self._pending = batch
             yield batch
             if not batch.used:
-                raise PrivgradError("a sampled batch was skipped; pass every batch to step() or backward(), also empty ones")
+                raise PrivgradError(
+                    "a sampled batch was skipped; pass every batch to step() or backward(), also empty ones"
+                )
 
     def step(self, batch: SampledBatch) -> None:
         """One private step: clip, sum, charge, noise, and move the weights by the optimizer (or by mixing)."""
@@ -139,7 +140,9 @@ class Private:
             )
         data, fold = batch.take()
         device = next(iter(self._parameters.values())).device
-        data = pytree.tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, data)
+        data = pytree.tree_map(
+            lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, data
+        )
         return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
 
     def _fill(self, release: Release) -> None:
@@ -192,11 +195,14 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in known for parameter in held)
     if foreign:
-        raise PrivgradError(f"the optimizer holds {foreign} parameter(s) that are not the model's; build it from model.parameters()")
+        raise PrivgradError(
+            f"the optimizer holds {foreign} parameter(s) that are not the model's; build it from model.parameters()"
+        )
     missing = [name for name, parameter in trainable(model).items() if all(parameter is not other for other in held)]
     if missing:
         raise PrivgradError(
-            f"the optimizer does not hold {', '.join(missing)}; give it all trainable parameters, or freeze those (requires_grad = False)"
+            f"the optimizer does not hold {', '.join(missing)}; give it all trainable parameters, or freeze those "
+            "(requires_grad = False)"
         )
 
 

@@ -1,0 +1,38 @@
+"""privgrad: train PyTorch models with differential privacy.
+
+The object that runs a step is the object that is accounted for.
+"""
+
+from privgrad.api import dp_sgd
+from privgrad.errors import PrivgradError, RefusedError, VerificationError
+from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.noise import GaussianNoise
+from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.privacy.adjacency import Adjacency, Example
+from privgrad.privacy.events import Accountant
+from privgrad.training.evaluation import DeclaredSplit
+from privgrad.training.loss import supervised
+from privgrad.training.private import Private, Spent, make_private
+from privgrad.training.trainer import Result, Trainer
+
+__all__ = [
+    "Accountant",
+    "Adjacency",
+    "DeclaredSplit",
+    "Example",
+    "FlatClipping",
+    "GaussianNoise",
+    "Plan",
+    "PoissonSampling",
+    "Private",
+    "PrivgradError",
+    "RefusedError",
+    "Result",
+    "Spent",
+    "Trainer",
+    "VerificationError",
+    "dp_sgd",
+    "make_private",
+    "supervised",
+]

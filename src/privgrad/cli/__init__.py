@@ -1,0 +1,56 @@
+"""The command line: `privgrad`. One file per command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from privgrad.cli import calibrate, epsilon, train, verify
+from privgrad.errors import PrivgradError
+from privgrad.training.trainer import InterruptedRunError
+
+app = typer.Typer(
+    name="privgrad",
+    help="Train PyTorch models with differential privacy.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train.train)
+app.command("epsilon")(epsilon.epsilon)
+app.command("calibrate")(calibrate.calibrate)
+app.command("verify")(verify.verify)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a check failed, 2 bad usage or input (one line), 130 stopped by the user."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        # No command: the help is what was asked for.
+        arguments = arguments or ["--help"]
+        code = typer.main.get_command(app).main(arguments, prog_name="privgrad", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except InterruptedRunError as stop:
+        return _say(str(stop), 130)
+    except PrivgradError as error:
+        return _say(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("stopped at once; the last checkpoint and the ledger are on the disk (--resume goes on)", 130)
+    except OSError as error:
+        return _say(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        # typer brings click inside itself or beside itself, by version: a usage error is known by its shape.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _say(f"{message()} Try: privgrad --help", 2)
+
+
+def _say(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"privgrad: {line}", file=sys.stderr)
+    return code

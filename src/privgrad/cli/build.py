@@ -1,0 +1,159 @@
+"""From a configuration to the objects of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
+from privgrad.data.source import Source, load
+from privgrad.errors import PrivgradError, check_count, check_number, nearest
+from privgrad.gradients.contract import Engine
+from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
+from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.training.averaging import ExponentialAverage
+
+
+def build_plan(config: Config, size: int | None = None, *, calibrated: bool = True) -> Plan:
+    """The plan of a configuration, for a data set of `size` records where that is known.
+
+    calibrated: give the noise the multiplier that [privacy] epsilon asks for, where plan.noise.multiplier is not given.
+    """
+    privacy, plan = config["privacy"], config["plan"]
+    stages = {slot: stage_from_json(slot, plan[slot]) for slot in KINDS if plan[slot] is not None}
+    if size is not None:
+        probe = Plan(steps=1, adjacency=privacy["adjacency"], accountant=privacy["accountant"], **stages)
+        stages["sampling"] = probe.for_dataset(size).sampling
+    built = Plan(
+        steps=_steps(plan["steps"], plan["epochs"], stages["sampling"]),
+        adjacency=privacy["adjacency"],
+        accountant=privacy["accountant"],
+        delta=privacy["delta"],
+        **stages,
+    )
+    epsilon, multiplier = privacy["epsilon"], stages["noise"].multiplier
+    if epsilon is not None and multiplier is not None:
+        raise PrivgradError(
+            "both privacy.epsilon and plan.noise.multiplier are given; one follows from the other: leave one out"
+        )
+    if epsilon is not None:
+        check_number("privacy.epsilon", epsilon, above=0)
+    if multiplier is not None or not calibrated:
+        return built
+    return built.calibrate(DEFAULT_EPSILON if epsilon is None else float(epsilon))
+
+
+def _steps(steps: Any, epochs: Any, sampling: PoissonSampling) -> int:
+    if steps is not None and epochs is not None:
+        raise PrivgradError("both plan.steps and plan.epochs are given; leave one out")
+    if epochs is not None:
+        check_number("plan.epochs", epochs, above=0)
+        return max(1, round(float(epochs) / sampling.probability))
+    if steps is None:
+        return DEFAULT_STEPS
+    check_count("plan.steps", steps)
+    return int(steps)
+
+
+def build_data(config: Config) -> Source:
+    """The private data and its declared split."""
+    return load(str(config["data"]["source"]))
+
+
+def build_device(config: Config) -> torch.device:
+    """The device of [run], "auto" being a GPU where there is one."""
+    name = config["run"]["device"]
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrivgradError(f"run.device is {name!r}, which cannot be used: {reason}") from error
+    return device
+
+
+def build_engine(config: Config) -> Engine:
+    """The gradient engine of [run]."""
+    run = config["run"]
+    if run["engine"] not in ("auto", "vmap"):
+        raise PrivgradError(f"run.engine is {run['engine']!r}; {nearest(str(run['engine']), ('auto', 'vmap'))}")
+    memory = run["memory"]
+    if memory == "auto":
+        return VmapEngine()
+    check_count("run.memory (bytes)", memory)
+    return VmapEngine(memory)
+
+
+def build_averaging(config: Config) -> ExponentialAverage | None:
+    """The averaging of [training]: { kind = "ema", decay = ... }, or "none"."""
+    given = config["training"]["averaging"]
+    if given == "none":
+        return None
+    if not isinstance(given, dict) or given.get("kind") != ExponentialAverage.kind or set(given) - {"kind", "decay"}:
+        raise PrivgradError(
+            f"training.averaging is {given!r}; expected {{ kind = 'ema', decay = 0.95 }}, or 'none' for the last weights"
+        )
+    return ExponentialAverage(**{key: value for key, value in given.items() if key != "kind"})
+
+
+def build_optimizer(config: Config, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    """Any class of torch.optim by its name (upper and lower case alike), with its schedule."""
+    arguments = {key: value for key, value in config["optimizer"].items() if key not in ("name", "schedule")}
+    optimizer_class = _named(torch.optim, Optimizer, "optimizer.name", config["optimizer"]["name"])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer: Optimizer = _make("optimizer", optimizer_class, parameters, arguments)
+    schedule = config["optimizer"].get("schedule")
+    if schedule is None:
+        return optimizer, None
+    if not isinstance(schedule, dict) or "name" not in schedule:
+        raise PrivgradError(f"optimizer.schedule is {schedule!r}; expected a table with a 'name'")
+    scheduler_class = _named(torch.optim.lr_scheduler, LRScheduler, "optimizer.schedule.name", schedule["name"])
+    options = {key: value for key, value in schedule.items() if key != "name"}
+    return optimizer, _make("optimizer.schedule", scheduler_class, optimizer, options)
+
+
+def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:
+    classes = {
+        known.lower(): value
+        for known, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base
+    }
+    if str(name).lower() not in classes:
+        raise PrivgradError(f"{key} is {name!r}; {nearest(str(name).lower(), classes)}")
+    return classes[str(name).lower()]
+
+
+def _make(key: str, cls: type[Any], first: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return cls(first, **arguments)
+    except (TypeError, ValueError) as error:
+        raise PrivgradError(f"{key}: {cls.__name__} cannot be made with {arguments}: {error}") from error
+
+
+def plan_for_numbers(
+    rate: float, steps: int, delta: float, adjacency: str, accountant: str, multiplier: float | None
+) -> Plan:
+    """The plan that plain numbers on the command line describe: Poisson sampled Gaussian steps."""
+    plan = build_plan(
+        {
+            "privacy": {"epsilon": None, "delta": delta, "adjacency": adjacency, "accountant": accountant},
+            "plan": {
+                **dict.fromkeys(KINDS),
+                "protects": {"kind": "example"},
+                "clipping": {"kind": "flat"},
+                "noise": {"kind": "gaussian"},
+                "steps": steps,
+                "epochs": None,
+                "sampling": {"kind": "poisson", "rate": rate, "divisor": 1.0},
+            },
+        },
+        calibrated=False,
+    )
+    return plan if multiplier is None else plan.with_multiplier(multiplier)

@@ -1,0 +1,66 @@
+"""privgrad calibrate: how much noise a budget needs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from privgrad.cli.config import DEFAULT_EPSILON
+from privgrad.cli.numbers import (
+    AccountantName,
+    AdjacencyName,
+    ConfigPath,
+    Delta,
+    Json,
+    SamplingRate,
+    Settings,
+    Steps,
+    plan_from,
+)
+from privgrad.cli.output import print_json
+from privgrad.errors import PrivgradError
+
+
+def calibrate(
+    config: ConfigPath = None,
+    sampling_rate: SamplingRate = None,
+    steps: Steps = None,
+    epsilon: Annotated[float | None, typer.Option(help="The budget, 3 by default.")] = None,
+    delta: Delta = None,
+    accountant: AccountantName = None,
+    adjacency: AdjacencyName = None,
+    settings: Settings = None,
+    json: Json = False,
+) -> None:
+    """The smallest noise multiplier that keeps epsilon within the budget. Trains nothing."""
+    plan, target = plan_from(
+        config,
+        settings,
+        rate=sampling_rate,
+        steps=steps,
+        delta=delta,
+        accountant=accountant,
+        adjacency=adjacency,
+        epsilon=epsilon,
+    )
+    if plan.noise.multiplier is not None:
+        raise PrivgradError(
+            "the configuration gives plan.noise.multiplier, so there is nothing to calibrate; leave it out"
+        )
+    plan = plan.calibrate(DEFAULT_EPSILON if target is None else target)
+    if json:
+        print_json(
+            {
+                "noise_multiplier": plan.noise.multiplier,
+                "epsilon": plan.epsilon(),
+                "delta": plan.delta,
+                "accountant": plan.accountant.value,
+                "adjacency": plan.adjacency.value,
+                "steps": plan.steps,
+            }
+        )
+    else:
+        print(
+            f"noise multiplier = {plan.noise.multiplier:.6g} (epsilon = {plan.epsilon():.4f} at delta = {plan.delta:g})"
+        )

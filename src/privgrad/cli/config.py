@@ -1,0 +1,146 @@
+"""The configuration file: one TOML file describes a run. Every key has a default; an unknown key is an error."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from privgrad.errors import PrivgradError, nearest
+from privgrad.mechanism.plan import KINDS
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "data": {"source": "digits", "test": "held-out"},
+    "model": {"name": "mlp", "arguments": {}},
+    "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld"},
+    "plan": {
+        "steps": None,
+        "epochs": None,
+        "protects": {"kind": "example"},
+        "sampling": {"kind": "poisson", "expected_batch_size": 256},
+        "groups": None,
+        "compression": None,
+        "clipping": {"kind": "flat", "max_norm": 1.0},
+        "thresholds": None,
+        "noise": {"kind": "gaussian"},
+        "mixing": None,
+        "statistics": None,
+    },
+    "optimizer": {"name": "sgd", "lr": 1.0},
+    "training": {"seed": 0, "evaluations": 10, "averaging": {"kind": "ema", "decay": 0.95}},
+    "run": {"device": "auto", "memory": "auto", "engine": "auto", "workers": 0},
+}
+DEFAULT_EPSILON = 3.0
+DEFAULT_STEPS = 150
+
+Config = dict[str, dict[str, Any]]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PrivgradError(f"{path} is not valid TOML: {error}") from error
+
+
+def complete(given: Mapping[str, Any]) -> Config:
+    """The defaults with everything that was given put over them.
+
+    Raises:
+        PrivgradError: an unknown section, key or kind (with the nearest known one).
+    """
+    config: Config = copy.deepcopy(DEFAULTS)
+    for section, values in given.items():
+        if section not in config:
+            raise PrivgradError(f"[{section}] is an unknown section; {nearest(section, config)}")
+        if not isinstance(values, Mapping):
+            raise PrivgradError(f"{section} is {values!r}; expected a table, [{section}]")
+        for key, value in values.items():
+            _put(config, section, key, value)
+    return config
+
+
+def _put(config: Config, section: str, key: str, value: Any) -> None:
+    known = config[section]
+    if section == "optimizer":
+        known[key] = value  # the rest are arguments of the optimizer's class, which knows them
+        return
+    if key not in known:
+        raise PrivgradError(f"{section}.{key} is an unknown key; {nearest(key, known)}")
+    if section == "plan" and key in KINDS:
+        known[key] = _stage(key, known[key], value)
+        return
+    if key == "arguments" and not isinstance(value, Mapping):
+        raise PrivgradError(f"{section}.{key} is {value!r}; expected a table")
+    known[key] = value
+
+
+def _stage(slot: str, default: Mapping[str, Any] | None, value: Any) -> dict[str, Any]:
+    """A stage's table over its default: another kind drops the default's numbers, the same kind keeps those not given."""
+    if not isinstance(value, Mapping):
+        raise PrivgradError(f"plan.{slot} is {value!r}; expected a table with a 'kind'")
+    if default is None and "kind" not in value:
+        raise PrivgradError(f"plan.{slot} has no 'kind'; {nearest('', KINDS[slot])}")
+    kind = value.get("kind", (default or {}).get("kind"))
+    if kind not in KINDS[slot]:
+        raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(str(kind), KINDS[slot])}")
+    fields = [field.name for field in dataclasses.fields(KINDS[slot][kind])]
+    for key in value:
+        if key != "kind" and key not in fields:
+            raise PrivgradError(f"plan.{slot}.{key} is an unknown key for kind {kind!r}; {nearest(key, fields)}")
+    same = default is not None and kind == default.get("kind")
+    merged = {**(default or {}), **value} if same else dict(value)
+    if slot == "sampling" and "rate" in value and "expected_batch_size" not in value:
+        merged.pop("expected_batch_size", None)  # the other way to say how large a batch is
+    return merged
+
+
+def assign(given: dict[str, Any], setting: str) -> str | None:
+    """Apply one `--set key=value` to what was given. A note for the user where it drops keys of another kind."""
+    path, separator, text = setting.partition("=")
+    keys = path.strip().split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise PrivgradError(f"--set {setting!r} is not understood; expected section.key=value, such as plan.steps=300")
+    node = given
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise PrivgradError(f"--set {setting!r}: {key} is not a table")
+    value = _value(text.strip())
+    note = None
+    if keys[-1] == "kind" and node.get("kind", value) != value:
+        dropped = sorted(key for key in node if key != "kind")
+        node.clear()
+        if dropped:
+            note = f"--set {setting}: dropped the other kind's {', '.join(dropped)}"
+    node[keys[-1]] = value
+    return note
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is none is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The keys in which two configurations differ, as section.key."""
+    keys = {(section, key) for config in (before, now) for section in config for key in config[section]}
+    return sorted(
+        f"{section}.{key}" for section, key in keys if before.get(section, {}).get(key) != now.get(section, {}).get(key)
+    )
+
+
+def without_none(node: Any) -> Any:
+    """The same tables without empty entries: TOML has no null."""
+    if isinstance(node, Mapping):
+        return {key: without_none(value) for key, value in node.items() if value is not None}
+    return node

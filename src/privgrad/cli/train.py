@@ -1,0 +1,158 @@
+"""privgrad train: a private model and its certificate from one command."""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+import torch
+import typer
+
+from privgrad.cli.build import build_averaging, build_data, build_device, build_engine, build_optimizer, build_plan
+from privgrad.cli.config import Config, assign, complete, differences, read_config, without_none
+from privgrad.cli.numbers import Json, Settings
+from privgrad.cli.output import print_json
+from privgrad.errors import PrivgradError, check_count
+from privgrad.files import read_json, write_atomically
+from privgrad.mechanism.plan import Plan
+from privgrad.nn.models import build_model
+from privgrad.training.evaluation import DeclaredSplit
+from privgrad.training.loss import supervised
+from privgrad.training.private import round_up
+from privgrad.training.run import Run
+from privgrad.training.trainer import Result, Trainer
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A configuration file.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="The private data: an embedded name.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model's name, or package.module:factory.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The privacy budget; 3 by default.")] = None,
+    delta: Annotated[float | None, typer.Option(help="delta; 1e-5 by default.")] = None,
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; a new one under runs/ by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model privately and certify it. Without arguments: handwritten digits at epsilon 3, in seconds."""
+    given = read_config(config) if config is not None else {}
+    options = {
+        ("data", "source"): data,
+        ("model", "name"): model,
+        ("privacy", "epsilon"): epsilon,
+        ("privacy", "delta"): delta,
+    }
+    for (section, key), value in options.items():
+        if value is not None:
+            given.setdefault(section, {})[key] = value
+    for setting in settings or []:
+        note = assign(given, setting)
+        if note:
+            print(f"privgrad: {note}", file=sys.stderr)
+    if resume:
+        if out is None:
+            raise PrivgradError("--resume needs the run directory; give it as --out RUN")
+        complete_config = _resumed_config(Run(out), given)
+    else:
+        complete_config = complete(given)
+    result = run_training(complete_config, out, resume=resume)
+    if json:
+        print_json(
+            {
+                "epsilon": result.epsilon,
+                "delta": result.delta,
+                "test_accuracy": result.test_accuracy,
+                "steps": result.steps,
+                "noise_multiplier": result.noise_multiplier,
+                "run": str(result.run),
+            }
+        )
+    else:
+        _tell(result)
+
+
+def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
+    """Everything behind `privgrad train`: data, plan, model, optimizer, and the run."""
+    training, workers = config["training"], config["run"]["workers"]
+    check_count("training.seed", training["seed"], at_least=0)
+    check_count("training.evaluations", training["evaluations"])
+    check_count("run.workers", workers, at_least=0)
+    source = build_data(config)
+    run = Run(out or _new_directory(source.name))
+    device = build_device(config)
+    engine = build_engine(config)
+    split = DeclaredSplit(source.test, config["data"]["test"])
+    torch.manual_seed(training["seed"])
+    model = build_model(config["model"]["name"], source.input_shape, source.classes, config["model"]["arguments"])
+    model.to(device)
+    optimizer, schedule = build_optimizer(config, model)
+    if resume:
+        seed = config["plan"]["noise"].get("insecure_seed")
+        plan = Plan.from_json(read_json(run.plan)).with_seed(seed)
+    else:
+        plan = build_plan(config, source.size)
+    _warn(plan, source.size)
+    if not resume:
+        run.create()
+        write_atomically(run.config, tomli_w.dumps(without_none(config)))
+    trainer = Trainer(
+        model,
+        optimizer,
+        source.train,
+        plan,
+        supervised(torch.nn.functional.cross_entropy),
+        directory=run.directory,
+        test=split,
+        schedule=schedule,
+        workers=workers,
+        engine=engine,
+        averaging=build_averaging(config),
+        evaluations=training["evaluations"],
+        data_name=f"{source.name}; {source.scaling}",
+        resume=resume,
+    )
+    return trainer.fit()
+
+
+def _resumed_config(run: Run, given: dict[str, Any]) -> Config:
+    """The configuration that the run was started with; a given one must be the same."""
+    if not run.ledger.exists():
+        raise PrivgradError(f"{run.directory} holds no run to resume; start one without --resume")
+    before = complete(read_config(run.config))
+    if given:
+        changed = differences(before, complete(given))
+        if changed:
+            raise PrivgradError(
+                f"{', '.join(changed)} differ(s) from the run in {run.directory}; resume with the same settings (or none), "
+                "or start another run"
+            )
+    return before
+
+
+def _new_directory(name: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    directory = Path("runs") / f"{name}-{stamp}"
+    number = 2
+    while directory.exists():
+        directory = Path("runs") / f"{name}-{stamp}-{number}"
+        number += 1
+    return directory
+
+
+def _warn(plan: Plan, size: int) -> None:
+    if plan.delta >= 1 / size:
+        print(
+            f"privgrad: warning: delta = {plan.delta:g} is not below 1/n = {1 / size:.2g}: a mechanism that publishes one record "
+            "at random would pass; choose a smaller delta",
+            file=sys.stderr,
+        )
+
+
+def _tell(result: Result) -> None:
+    accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.1%}"
+    print(f"epsilon = {round_up(result.epsilon)} at delta = {result.delta:g}{accuracy}")
+    print(f"certificate: {result.run / 'certificate.html'}")
+    print(f"check it:    privgrad verify {result.run}")

@@ -1,0 +1,1 @@
+"""make_private, trainer, checkpoint and resume, evaluation, progress."""

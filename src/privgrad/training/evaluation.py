@@ -1,0 +1,52 @@
+"""Accuracy on a declared split: data that is public, or held out and declared not to be protected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from privgrad.errors import PrivgradError, nearest
+
+DECLARATIONS = ("public", "held-out")
+
+
+@dataclass(frozen=True)
+class DeclaredSplit:
+    """A data set for evaluation, with the declaration that stands in the certificate.
+
+    declared: "public", or "held-out": its records are not protected by the guarantee, and the certificate says so.
+    """
+
+    dataset: Dataset[Any]
+    declared: str = "held-out"
+    name: str = "test"
+
+    def __post_init__(self) -> None:
+        if self.declared not in DECLARATIONS:
+            raise PrivgradError(f"data.test is {self.declared!r}; {nearest(self.declared, DECLARATIONS)}")
+
+
+def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> float:
+    """The share of (input, class) records of the split that the model classifies rightly, in eval mode."""
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    right = total = 0
+    try:
+        with torch.no_grad():
+            for batch in DataLoader(split.dataset, batch_size=batch_size):
+                inputs, targets = pytree.tree_map(lambda leaf: leaf.to(device), batch)
+                predictions: Tensor = model(inputs).argmax(1)
+                right += int((predictions == targets).sum())
+                total += len(targets)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if total == 0:
+        raise PrivgradError(f"the split {split.name!r} is empty; expected at least one record to evaluate on")
+    return right / total

@@ -1,0 +1,193 @@
+"""A run directory: where each file is, and whether the files fit each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from privgrad.errors import PrivgradError, VerificationError
+from privgrad.files import digest, file_digest, read_json
+from privgrad.mechanism.plan import Plan
+from privgrad.privacy.certificate import to_markdown
+from privgrad.privacy.events import event_to_json
+from privgrad.privacy.ledger import Record, read_ledger
+from privgrad.report.certificate_page import to_html
+from privgrad.training.checkpoint import load_tree
+
+_TOLERANCE = 1e-6
+"""Relative difference that the same accounting may show on another machine."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found: the epsilon of the ledger alone, and every mismatch in words (none: all is well)."""
+
+    epsilon: float
+    steps: int
+    finished: bool
+    mismatches: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run."""
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.toml"
+
+    @property
+    def plan(self) -> Path:
+        return self.directory / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.directory / "ledger.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint" / "latest.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def certificate(self) -> Path:
+        return self.directory / "certificate.json"
+
+    @property
+    def markdown(self) -> Path:
+        return self.directory / "certificate.md"
+
+    @property
+    def page(self) -> Path:
+        return self.directory / "certificate.html"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            PrivgradError: it holds a run already, or cannot be made.
+        """
+        if self.ledger.exists():
+            raise PrivgradError(
+                f"{self.directory} already holds a run; continue it with --resume, or choose another directory (--out)"
+            )
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PrivgradError(f"{self.directory} cannot be made: {error.strerror or error}") from error
+
+    def check_plan(self, plan: dict[str, Any]) -> None:
+        """Refuse to continue the run with another plan than it was started with."""
+        if not self.ledger.exists():
+            raise PrivgradError(f"{self.directory} holds no run to resume; start one without --resume")
+        before = read_json(self.plan)
+        changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
+        if changed:
+            raise PrivgradError(
+                f"the plan differs from the one that {self.directory} was started with, in: {', '.join(changed)}; "
+                "resume with the same plan, or start another run"
+            )
+
+    def check_tail(self, seen: dict[str, Any]) -> None:
+        """Refuse a ledger that lost lines which someone (a checkpoint, a certificate) has seen."""
+        _check_tail(read_ledger(self.ledger), seen)
+
+    def verify(self) -> Verified:
+        """Recompute epsilon from the ledger alone, and compare every file of the run with it.
+
+        Raises:
+            VerificationError: a broken ledger.
+            PrivgradError: no ledger.
+        """
+        record = read_ledger(self.ledger)
+        mismatches: list[str] = []
+        for check in (self._plan_mismatch, self._checkpoint_mismatch):
+            _collect(mismatches, check, record)
+        finished = self.certificate.exists() or self.model.exists()
+        if finished:
+            _collect(mismatches, self._certificate_mismatch, record)
+        return Verified(record.spent(), record.count, finished, mismatches)
+
+    def _plan_mismatch(self, record: Record) -> None:
+        stored = read_json(self.plan)
+        if digest(stored) != record.terms.plan:
+            raise VerificationError("plan.json is not the plan that the ledger was written for")
+        plan = Plan.from_json(stored)
+        if plan.terms() != record.terms:
+            raise VerificationError("the ledger's terms are not those of plan.json")
+        planned = event_to_json(plan.step_event())
+        strange = [event for event in record.events if event_to_json(event) != planned]
+        if strange:
+            raise VerificationError(f"the ledger charges an event that is not the plan's: {event_to_json(strange[0])}")
+        if record.count > plan.steps:
+            raise VerificationError(f"the ledger charges {record.count} steps; the plan has {plan.steps}")
+
+    def _checkpoint_mismatch(self, record: Record) -> None:
+        if self.checkpoint.exists():
+            saved = load_tree(self.checkpoint)
+            _check_tail(record, saved["ledger"])
+            if saved["applied"] > record.count:
+                raise VerificationError(f"{saved['applied']} steps were applied and only {record.count} charged")
+
+    def _certificate_mismatch(self, record: Record) -> None:
+        stored = read_json(self.certificate)
+        content = {key: value for key, value in stored.items() if key != "digest"}
+        if stored.get("digest") != digest(content):
+            raise VerificationError("certificate.json was changed: its digest does not fit its content")
+        epsilon = record.spent()
+        claimed = stored["epsilon"]
+        if math.isinf(epsilon) != (claimed is None) or (
+            claimed is not None and abs(claimed - epsilon) > _TOLERANCE * epsilon
+        ):
+            raise VerificationError(f"the certificate claims epsilon {claimed}; the ledger gives {epsilon}")
+        _check_tail(record, stored["ledger"])
+        if stored["ledger"]["steps"] != record.count:
+            raise VerificationError(
+                f"the ledger has {record.count} steps and the certificate was made after {stored['ledger']['steps']}"
+            )
+        if stored["plan_digest"] != record.terms.plan or digest(stored["plan"]) != record.terms.plan:
+            raise VerificationError("the certificate is of another plan than the ledger")
+        if (stored["delta"], stored["adjacency"]["name"], stored["accounting"]["accountant"]) != (
+            record.terms.delta,
+            record.terms.adjacency.value,
+            record.terms.accountant.value,
+        ):
+            raise VerificationError("the certificate states another delta, adjacency or accountant than the ledger")
+        if file_digest(self.model) != stored["model_sha256"]:
+            raise VerificationError("model.safetensors is not the model that the certificate was made for")
+        for path, render in ((self.markdown, to_markdown), (self.page, to_html)):
+            if path.read_text(encoding="utf-8") != render(stored):
+                raise VerificationError(f"{path.name} does not say what certificate.json says")
+
+
+def _collect(mismatches: list[str], check: Any, record: Record) -> None:
+    """Run one check; whatever is wrong or missing becomes a line, never a traceback."""
+    try:
+        check(record)
+    except PrivgradError as error:
+        mismatches.append(str(error))
+    except OSError as error:
+        mismatches.append(f"{error.filename} cannot be read: {error.strerror}")
+    except (KeyError, TypeError, ValueError) as error:
+        mismatches.append(
+            f"{check.__name__.strip('_').replace('_', ' ')}: a file lacks what it should hold ({error!r})"
+        )
+
+
+def _check_tail(record: Record, seen: dict[str, Any]) -> None:
+    steps = seen["steps"]
+    if steps > record.count:
+        raise VerificationError(f"the ledger has lost its tail: it holds {record.count} steps, and {steps} were seen")
+    if record.heads[steps] != seen["head"]:
+        raise VerificationError(f"the ledger was rewritten: step {steps} is not the one that was seen")

@@ -1,0 +1,267 @@
+"""Trainer: a whole private run, with progress, checkpoints, resume and a certificate."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from privgrad.errors import PrivgradError
+from privgrad.files import canonical_json, file_digest, write_atomically
+from privgrad.gradients.contract import Engine, LossFn, Tree
+from privgrad.mechanism.plan import Plan
+from privgrad.privacy.accounting import Precision
+from privgrad.privacy.certificate import Evaluation, make_certificate, to_markdown
+from privgrad.privacy.ledger import Ledger
+from privgrad.report.certificate_page import to_html
+from privgrad.training.averaging import AveragedWeights, ExponentialAverage
+from privgrad.training.batches import size_of
+from privgrad.training.checkpoint import load_tree, save_tree, save_weights
+from privgrad.training.evaluation import DeclaredSplit, accuracy
+from privgrad.training.private import make_private, round_up
+from privgrad.training.progress import ProgressDisplay, display
+from privgrad.training.run import Run
+
+_CHECKPOINT_SHARE = 0.05
+"""The share of the time that checkpoints may take: a small model gets one after nearly every step."""
+
+
+class InterruptedRunError(PrivgradError):
+    """The user stopped the run. Everything is on the disk."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reached. test_accuracy is None where there was no split to evaluate on."""
+
+    epsilon: float
+    delta: float
+    steps: int
+    noise_multiplier: float
+    test_accuracy: float | None
+    run: Path
+
+
+class Trainer:
+    """Trains `model` by `plan` and leaves a run directory with a certificate.
+
+    schedule: a learning-rate scheduler, stepped once per step. averaging: evaluate and keep averaged weights. test: a declared
+    split. evaluations: how often it is looked at. data_name: what the certificate calls the data. See `make_private` for the
+    others.
+
+    A run can be stopped at any moment and resumed; steps that a crash lost stay charged, and count among the plan's steps.
+
+    Guarantee: that of the plan, for everything in the run directory. Metrics are of the declared split only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataset: Dataset[Any],
+        plan: Plan,
+        loss_fn: LossFn,
+        *,
+        directory: Path | str,
+        test: DeclaredSplit | None = None,
+        schedule: LRScheduler | None = None,
+        public: Any = None,
+        collate_fn: Callable[[list[Any]], Tree] | None = None,
+        workers: int = 0,
+        engine: Engine | None = None,
+        averaging: ExponentialAverage | None = None,
+        evaluations: int = 10,
+        data_name: str = "a data set given in Python",
+        resume: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        self.plan = plan.for_dataset(size_of(dataset))
+        self.run = Run(Path(directory))
+        self.model, self.optimizer, self.schedule, self.test = model, optimizer, schedule, test
+        self._data_name, self._quiet = data_name, quiet
+        self._every = max(1, self.plan.steps // max(1, evaluations))
+        self._applied = 0
+        self._average = None if averaging is None else AveragedWeights(model, averaging)
+        ledger = self._open_ledger(resume)
+        self.private = make_private(
+            model,
+            optimizer,
+            dataset,
+            self.plan,
+            loss_fn,
+            public=public,
+            collate_fn=collate_fn,
+            workers=workers,
+            engine=engine,
+            ledger=ledger,
+        )
+        if resume and self.run.checkpoint.exists():
+            self._restore()
+        else:
+            self._save()
+
+    def fit(self) -> Result:
+        """Run the steps that are left, then write model and certificate.
+
+        Raises:
+            InterruptedRunError: Ctrl-C (after the step at hand, with a checkpoint; a second one stops at once).
+        """
+        bar = display(quiet=self._quiet)
+        ledger = self.private.ledger
+        bar.start(ledger.count, self.plan.steps)
+        try:
+            with _stop_requests() as stop:
+                self._loop(bar, stop)
+        finally:
+            bar.stop()
+        self._save()
+        if self._average is not None:
+            self._average.copy_to_model()
+        self.private.finalize()
+        return self._finish()
+
+    def _loop(self, bar: ProgressDisplay, stop: threading.Event) -> None:
+        ledger = self.private.ledger
+        notes = ""
+        saved = time.monotonic()
+        cost = 0.0
+        self.model.train()
+        for batch in self.private.batches():
+            self.private.step(batch)
+            self._applied += 1
+            if self.schedule is not None:
+                self.schedule.step()
+            if self._average is not None:
+                self._average.update(self._applied)
+            if ledger.count % self._every == 0 or ledger.count == self.plan.steps:
+                notes = self._measure()
+            bar.step(ledger.count, notes)
+            now = time.monotonic()
+            if stop.is_set() or (now - saved) * _CHECKPOINT_SHARE >= cost:
+                self._save()
+                saved = time.monotonic()
+                cost = saved - now
+            if stop.is_set() and ledger.count < self.plan.steps:
+                raise InterruptedRunError(
+                    f"stopped after step {ledger.count} of {self.plan.steps}, nothing is lost; go on with: "
+                    f"privgrad train --resume --out {self.run.directory}"
+                )
+
+    def _measure(self) -> str:
+        """One line of metrics.jsonl; the same in words for the display."""
+        epsilon = self.private.ledger.record.spent(Precision.COARSE)
+        entry: dict[str, Any] = {
+            "step": self.private.ledger.count,
+            "epsilon": epsilon if epsilon < float("inf") else None,
+        }
+        notes = f"epsilon {round_up(epsilon, 2)}"
+        if self.test is not None:
+            with nullcontext() if self._average is None else self._average.applied():
+                entry["test_accuracy"] = accuracy(self.model, self.test)
+            notes += f"  {self.test.name} accuracy {entry['test_accuracy']:.1%}"
+        with self.run.metrics.open("a") as stream:
+            stream.write(canonical_json(entry) + "\n")
+        return notes
+
+    def _open_ledger(self, resume: bool) -> Ledger:
+        terms = self.plan.terms()
+        if resume:
+            self.run.check_plan(self.plan.to_json())
+            return Ledger.resume(self.run.ledger, terms)
+        self.run.create()
+        # The plan first: a directory with a ledger always says which plan it is of.
+        write_atomically(self.run.plan, json.dumps(self.plan.to_json(), indent=2) + "\n")
+        return Ledger(terms, self.run.ledger)
+
+    def _save(self) -> None:
+        ledger = self.private.ledger
+        save_tree(
+            self.run.checkpoint,
+            {
+                "model": dict(self.model.state_dict()),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "stages": {name: dict(state) for name, state in self.private.runner.states.items()},
+                "random": torch.get_rng_state(),
+                "average": None if self._average is None else self._average.values,
+                "applied": self._applied,
+                "ledger": {"steps": ledger.count, "head": ledger.head},
+            },
+        )
+
+    def _restore(self) -> None:
+        saved = load_tree(self.run.checkpoint)
+        self.run.check_tail(saved["ledger"])
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.schedule is not None and saved["schedule"] is not None:
+            self.schedule.load_state_dict(saved["schedule"])
+        device = next(self.model.parameters()).device
+        self.private.runner.states = {
+            name: {key: value.to(device) for key, value in state.items()} for name, state in saved["stages"].items()
+        }
+        torch.set_rng_state(saved["random"])
+        self._applied = saved["applied"]
+        if self._average is not None and saved["average"] is not None:
+            self._average.restore(saved["average"])
+
+    def _finish(self) -> Result:
+        record = self.private.ledger.record
+        save_weights(self.run.model, dict(self.model.state_dict()))
+        reached = None if self.test is None else accuracy(self.model, self.test)
+        noise = self.plan.noise
+        multiplier = float(noise.multiplier or 0.0)
+        certificate = make_certificate(
+            record,
+            plan=self.plan.to_json(),
+            words=self.plan.words,
+            unit=self.plan.protects.words,
+            noise_multiplier=multiplier,
+            seeded=noise.insecure_seed is not None,
+            steps_planned=self.plan.steps,
+            steps_applied=self._applied,
+            data=self._data_name,
+            model_digest=file_digest(self.run.model),
+            evaluation=None
+            if self.test is None or reached is None
+            else Evaluation(self.test.name, self.test.declared, {"test_accuracy": reached}),
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+        write_atomically(self.run.certificate, json.dumps(certificate, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.run.markdown, to_markdown(certificate))
+        write_atomically(self.run.page, to_html(certificate))
+        return Result(record.spent(), self.plan.delta, record.count, multiplier, reached, self.run.directory)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or a polite kill) sets; the second one is an ordinary KeyboardInterrupt."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
