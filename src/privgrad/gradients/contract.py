@@ -64,8 +64,8 @@ class Need(IntEnum):
 class Encoding(Protocol):
     """A linear map from a unit's gradient to its vector in release space: slots with names and shapes."""
 
-    def slots(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
-        """The slots of release space for trainable parameters of these shapes."""
+    def slots(self) -> Mapping[str, torch.Size]:
+        """The slots of release space, with their shapes."""
         ...
 
     def need(self, parameter: str) -> Need:
@@ -81,11 +81,14 @@ class Encoding(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Identity:
     """Release space is parameter space."""
 
-    def slots(self, shapes: Mapping[str, torch.Size]) -> Mapping[str, torch.Size]:
-        return shapes
+    shapes: Mapping[str, torch.Size]
+
+    def slots(self) -> Mapping[str, torch.Size]:
+        return self.shapes
 
     def need(self, parameter: str) -> Need:
         return Need.NORMS

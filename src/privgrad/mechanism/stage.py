@@ -84,8 +84,8 @@ class Groups(Protocol):
 class Compression(Protocol):
     """Chooses the release space of the coming step from public things."""
 
-    def encoding(self, state: State) -> Encoding:
-        """The linear map for the coming step."""
+    def encoding(self, state: State, shapes: Mapping[str, torch.Size]) -> Encoding:
+        """The linear map of the coming step, for trainable parameters of these shapes."""
         ...
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import (
+    Encoding,
     Engine,
     FlatSink,
     Fold,
@@ -106,8 +107,12 @@ class StepRunner:
         grouped = plan.groups is not None
         if plan.groups is not None:
             fold = plan.groups.assign(fold, self._grouping.at(step))
-        encoding = Identity() if plan.compression is None else plan.compression.encoding(self.states["compression"])
-        slots = dict(encoding.slots(self._shapes))
+        encoding: Encoding = (
+            Identity(self._shapes)
+            if plan.compression is None
+            else plan.compression.encoding(self.states["compression"], self._shapes)
+        )
+        slots = dict(encoding.slots())
         blocks = plan.clipping.blocks(slots)
         _check_partition(blocks, slots)
 

@@ -1,0 +1,74 @@
+"""Small things that many tests need."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import privgrad as pg
+from privgrad.gradients.contract import Engine, Fold, LossFn, Tree
+from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.step import Reduce, StepRunner
+from privgrad.privacy.ledger import Ledger
+
+
+class Direction(nn.Module):
+    """One weight vector; `linear_loss` makes each row's gradient exactly that row's vector."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dimension))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight
+
+
+def linear_loss(model: nn.Module, batch: Tree) -> Tensor:
+    """loss_i = <w, x_i>: the gradient of row i is x_i, whatever the weights are."""
+    (inputs,) = batch
+    return model(inputs)
+
+
+def full_batch_plan(count: int, steps: int = 1, multiplier: float = 0.0, **stages: object) -> Plan:
+    """Every unit in every step, so that only the inner mechanism is random."""
+    seed = stages.pop("seed", None)
+    return Plan(
+        sampling=pg.PoissonSampling(rate=1.0, divisor=float(count)),
+        steps=steps,
+        noise=stages.pop("noise", pg.GaussianNoise(multiplier=multiplier, insecure_seed=seed)),
+        **stages,
+    )
+
+
+def runner(
+    plan: Plan,
+    model: nn.Module,
+    loss_fn: LossFn,
+    *,
+    engine: Engine | None = None,
+    public: object = None,
+    reduce: Reduce | None = None,
+) -> StepRunner:
+    """A step runner with an in-memory ledger."""
+    return StepRunner(plan, model, loss_fn, engine or VmapEngine(), Ledger(plan.terms()), public, reduce)
+
+
+def rows(*inputs: Tensor) -> tuple[Tree, Fold]:
+    """A batch whose rows are units."""
+    return inputs, Fold.identity(len(inputs[0]))
+
+
+def loop_gradients(model: nn.Module, loss_fn: LossFn, batch: Tree) -> dict[str, Tensor]:
+    """{parameter: [rows, *shape]} by a loop of ordinary batch-of-one backward passes: the yardstick."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    collected: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    count = len(batch[0])
+    for row in range(count):
+        one = tuple(leaf[row : row + 1] for leaf in batch)
+        gradients = torch.autograd.grad(
+            loss_fn(model, one).sum(), list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        for name, gradient in zip(parameters, gradients, strict=True):
+            collected[name].append(gradient)
+    return {name: torch.stack(values) for name, values in collected.items()}
