@@ -6,28 +6,14 @@ import torch
 from torch import Tensor, nn
 
 import privgrad as pg
+from privgrad.audit.step import Direction, linear_loss
 from privgrad.gradients.contract import Engine, Fold, LossFn, Tree
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.ledger import Ledger
 
-
-class Direction(nn.Module):
-    """One weight vector; `linear_loss` makes each row's gradient exactly that row's vector."""
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dimension))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs @ self.weight
-
-
-def linear_loss(model: nn.Module, batch: Tree) -> Tensor:
-    """loss_i = <w, x_i>: the gradient of row i is x_i, whatever the weights are."""
-    (inputs,) = batch
-    return model(inputs)
+__all__ = ["Direction", "full_batch_plan", "linear_loss", "loop_gradients", "rows", "runner"]
 
 
 def full_batch_plan(count: int, steps: int = 1, multiplier: float = 0.0, **stages: object) -> Plan:

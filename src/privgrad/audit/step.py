@@ -1,0 +1,106 @@
+"""The single-step audit: the very step function of a plan, run many times on a worst neighbouring pair.
+
+The canary's coin is forced (q = 1), so that the inner mechanism is attacked; the sampler is tested on its own. What is
+falsified is the claimed EVENT of one step, not the epsilon of a training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from privgrad.audit.gaussian import gdp_epsilon, mu_lower_bound
+from privgrad.errors import PrivgradError
+from privgrad.gradients.contract import Fold, Tree
+from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.mechanism.step import StepRunner
+from privgrad.privacy.adjacency import Adjacency
+from privgrad.privacy.ledger import Ledger
+from privgrad.privacy.sensitivity import replacement_factor
+
+
+class Direction(nn.Module):
+    """One weight vector; with `linear_loss` each row's gradient is that row's vector, whatever the weights are."""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dimension))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, dimension] to [rows]."""
+        return inputs @ self.weight
+
+
+def linear_loss(model: nn.Module, batch: Tree) -> Tensor:
+    """loss_i = <w, x_i>."""
+    losses: Tensor = model(batch[0])
+    return losses
+
+
+@dataclass(frozen=True)
+class StepAudit:
+    """What an audit claims and finds. mu is that of one unsampled step; epsilon at the plan's delta, on the GDP curve."""
+
+    mu_claimed: float
+    mu_lower: float
+    epsilon_claimed: float
+    epsilon_lower: float
+    confidence: float
+    trials: int
+
+    @property
+    def holds(self) -> bool:
+        """True where the attack shows no more than the plan claims."""
+        return self.mu_lower <= self.mu_claimed
+
+
+def claimed_mu(plan: Plan) -> float:
+    """mu of one step without sampling: distance between neighbours over noise."""
+    multiplier = plan.noise.multiplier
+    if not multiplier:
+        raise PrivgradError("the plan has no noise, so there is no claim to audit")
+    moved = replacement_factor(grouped=plan.groups is not None) if plan.adjacency is Adjacency.REPLACE_ONE else 1.0
+    return moved / multiplier
+
+
+def audit_step(
+    plan: Plan,
+    inside: Tensor,
+    outside: Tensor,
+    direction: Tensor,
+    midpoint: float,
+    *,
+    trials: int = 5000,
+    confidence: float = 1 - 1e-6,
+) -> StepAudit:
+    """Attack one step of `plan`.
+
+    inside, outside: [rows, dimension] gradients of all records in the two neighbouring worlds (q is forced to 1).
+    direction: [dimension] unit vector along which the worlds differ. midpoint: the noised SUM's projection half way between the
+    two worlds: the threshold of the guesses, fixed beforehand.
+
+    Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
+    """
+    sampling = PoissonSampling(rate=1.0, divisor=plan.sampling.normaliser)
+    forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
+    model = Direction(inside.shape[1])
+    runner = StepRunner(forced, model, linear_loss, VmapEngine(), Ledger(forced.terms()))
+    scores: dict[str, list[float]] = {}
+    for world, gradients in (("inside", inside), ("outside", outside)):
+        fold = Fold.identity(len(gradients))
+        scores[world] = []
+        for _ in range(trials):
+            update = runner.release((gradients,), fold).update
+            if update is None:
+                raise PrivgradError("this audit needs plans that release updates; mixing has an audit of its own")
+            scores[world].append(float(update["weight"] @ direction) * forced.divisor)
+    lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)
+    claimed = claimed_mu(plan)
+    return StepAudit(
+        claimed, lower, gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta), confidence, trials
+    )
