@@ -85,7 +85,8 @@ class Plan:
         object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))
         for name, protocol in _PROTOCOLS.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, protocol):
+            optional = value is None and name not in ("clipping", "noise")
+            if not optional and not isinstance(value, protocol):
                 raise PrivgradError(f"{name} is {value!r}; expected a {protocol.__name__} stage")
         if not isinstance(self.sampling, PoissonSampling):
             raise PrivgradError(f"sampling is {self.sampling!r}; expected PoissonSampling")
