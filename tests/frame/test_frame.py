@@ -204,6 +204,16 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.load(tmp_path / f"update.{rank}"), alone)
 
 
+def test_the_divisor_is_a_constant() -> None:
+    """Whatever the realised batch: two records, or none, are divided by the plan's five."""
+    inputs = torch.tensor([[0.5, 0.0], [0.0, 0.25]])
+    step = runner(full_batch_plan(5, steps=2), Direction(2), linear_loss)
+    torch.testing.assert_close(step.release(*rows(inputs)).update["weight"], torch.tensor([0.1, 0.05]))
+    empty = step.release(None, Fold.identity(0))
+    torch.testing.assert_close(empty.update["weight"], torch.zeros(2))
+    assert step.ledger.count == 2, "an empty batch is charged like any other"
+
+
 def test_a_release_needs_a_receipt() -> None:
     with pytest.raises(pg.PrivgradError, match="receipt"):
         Release(None, 1.0, update={})  # type: ignore[arg-type]

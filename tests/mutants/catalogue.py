@@ -1,0 +1,351 @@
+"""The privacy mutants. Each says what it breaks; `tests` are the ones that should notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AUDIT = "tests/audit/test_step_audit.py"
+FRAME = "tests/frame/test_frame.py"
+VMAP = "tests/gradients/test_vmap.py"
+NOISE = "tests/mechanism/test_noise.py"
+PLAN = "tests/mechanism/test_plan.py"
+SAMPLING = "tests/mechanism/test_sampling.py"
+TABLE = "tests/privacy/test_table.py"
+LEDGER = "tests/privacy/test_ledger.py"
+ACCOUNTING = "tests/privacy/test_accounting.py"
+CALIBRATION = "tests/privacy/test_calibration.py"
+TRAINER = "tests/training/test_trainer.py"
+PRIVATE = "tests/training/test_private.py"
+VERIFY = "tests/training/test_verify.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit: in `file` (below src/privgrad) the text `before`, which occurs once, becomes `after`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    # noise
+    Mutant(
+        "half the noise",
+        "mechanism/noise.py",
+        "alpha=by_slot[slot])",
+        "alpha=0.5 * by_slot[slot])",
+        (NOISE,),
+    ),
+    Mutant(
+        "half the scale, claimed and added",
+        "mechanism/noise.py",
+        "scales = dict.fromkeys(gradient, gradient_multiplier * together)",
+        "scales = dict.fromkeys(gradient, 0.5 * gradient_multiplier * together)",
+        (FRAME,),
+    ),
+    Mutant(
+        "the last tensor gets no noise",
+        "mechanism/noise.py",
+        "for slot, value in sums.values.items():",
+        "for slot, value in list(sums.values.items())[: max(1, len(sums.values) - 1)]:",
+        (NOISE,),
+    ),
+    Mutant(
+        "every tensor gets the same noise",
+        "mechanism/noise.py",
+        "            start += value.numel()\n",
+        "",
+        (NOISE, FRAME),
+    ),
+    Mutant(
+        "the noise of a seeded run repeats in every step",
+        "mechanism/noise.py",
+        "source.at(receipt.step)",
+        "source.at(1)",
+        (NOISE,),
+    ),
+    Mutant(
+        "the secure key is a constant",
+        "mechanism/randomness.py",
+        "algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))",
+        "algorithms.AES256(bytes(32)), modes.CTR(bytes(16))",
+        (NOISE,),
+    ),
+    Mutant(
+        "noise and sampling share a seeded stream",
+        "mechanism/randomness.py",
+        'f"{purpose}:{seed}:{step}"',
+        'f"{seed}:{step}"',
+        (NOISE,),
+    ),
+    Mutant(
+        "a side release is not charged",
+        "mechanism/noise.py",
+        "self.multiplier / math.sqrt(1 - self.side_share) if side else self.multiplier",
+        "self.multiplier",
+        (FRAME,),
+    ),
+    Mutant(
+        "weak noise is released",
+        "mechanism/step.py",
+        "        self._check(noised)\n",
+        "",
+        (FRAME,),
+    ),
+    # clipping
+    Mutant(
+        "no clipping",
+        "mechanism/clipping.py",
+        "(thresholds / norms).clamp_(max=1.0)",
+        "torch.ones_like(norms)",
+        (AUDIT,),
+    ),
+    Mutant(
+        "small gradients are blown up",
+        "mechanism/clipping.py",
+        "(thresholds / norms).clamp_(max=1.0)",
+        "(thresholds / norms).clamp_(max=3.0)",
+        (FRAME,),
+    ),
+    Mutant(
+        "clip after the sum",
+        "gradients/contract.py",
+        "request.sink.add(slot, (weight @ flat).view(vectors[slot].shape[1:]))",
+        "request.sink.add(slot, flat.sum(0).view(vectors[slot].shape[1:]) * weight.min())",
+        (VMAP,),
+    ),
+    Mutant(
+        "NaN is multiplied away instead of selected out",
+        "gradients/contract.py",
+        "if bool(dropped.any()):",
+        "if False:",
+        (VMAP,),
+    ),
+    Mutant(
+        "a non-finite norm keeps its weight",
+        "mechanism/clipping.py",
+        "finite = norms.isfinite()",
+        "finite = torch.ones_like(norms, dtype=torch.bool)",
+        (VMAP,),
+    ),
+    Mutant(
+        "one tensor is left out of the norm",
+        "gradients/contract.py",
+        "for slot in slots]).sum(0) for slots in request.blocks",
+        "for slot in slots[:1]]).sum(0) for slots in request.blocks",
+        (VMAP, FRAME),
+    ),
+    Mutant(
+        "blocks need not cover every tensor",
+        "mechanism/step.py",
+        "        _check_partition(blocks, slots)\n",
+        "",
+        (FRAME,),
+    ),
+    Mutant(
+        "sums in low precision",
+        "gradients/contract.py",
+        "return torch.float64 if wide else torch.float32",
+        "return next(model.parameters()).dtype",
+        (VMAP,),
+    ),
+    # sensitivity and the table
+    Mutant(
+        "groups are charged C instead of 2C",
+        "privacy/sensitivity.py",
+        "return bound.diameter if grouped else bound.radius",
+        "return bound.radius",
+        (TABLE, FRAME),
+    ),
+    Mutant(
+        "a replaced record is charged as an absent one",
+        "privacy/sensitivity.py",
+        "return 1.0 if grouped else 2.0",
+        "return 1.0",
+        (TABLE,),
+    ),
+    Mutant(
+        "Poisson replace_one without the engine's doubling",
+        "privacy/events.py",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_ONE,",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_SPECIAL,",
+        (TABLE,),
+    ),
+    Mutant(
+        "RDP for Poisson replace_one is not refused",
+        "privacy/events.py",
+        "if (sampler, adjacency, accountant) == (Sampler.POISSON, Adjacency.REPLACE_ONE, Accountant.RDP):",
+        "if False:",
+        (TABLE,),
+    ),
+    Mutant(
+        "joint multiplier adds instead of whitening",
+        "privacy/sensitivity.py",
+        "total += (distance / scale) ** 2",
+        "total = max(total, (distance / scale) ** 2)",
+        (TABLE,),
+    ),
+    # sampling and units
+    Mutant(
+        "full batches accounted as Poisson",
+        "mechanism/sampling.py",
+        "return source.coins(units, self.probability).nonzero().flatten()",
+        "return source.coins(units, 1.0).nonzero().flatten()",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "fixed-size batches accounted as Poisson",
+        "mechanism/sampling.py",
+        "return source.coins(units, self.probability).nonzero().flatten()",
+        "return source.normal_(__import__('torch').empty(units)).argsort()[: round(units * self.probability)].sort().values",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "the same sample in every step",
+        "mechanism/sampling.py",
+        "return source.coins(units, self.probability).nonzero().flatten()",
+        "import torch\n        return (torch.rand(units, generator=torch.Generator().manual_seed(1)) < self.probability)"
+        ".nonzero().flatten()",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "the size of the data set under add_remove",
+        "mechanism/sampling.py",
+        "if adjacency is Adjacency.ADD_REMOVE and self.dataset_size is not None:",
+        "if False:",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "a normaliser by the realised batch",
+        "mechanism/step.py",
+        "        sums = self.clipped_sum(batch, fold)\n",
+        "        sums = self.clipped_sum(batch, fold)\n        sums.flat.mul_(self.plan.divisor / max(1, fold.units))\n",
+        (FRAME,),
+    ),
+    Mutant(
+        "an empty batch is not a step",
+        "training/batches.py",
+        "        yield SampledBatch(data, Fold.identity(rows))",
+        "        if rows:\n            yield SampledBatch(data, Fold.identity(rows))",
+        (PRIVATE,),
+    ),
+    Mutant(
+        "a batch can be used twice",
+        "training/batches.py",
+        "        self._used = True\n",
+        "        self._used = False\n",
+        (PRIVATE,),
+    ),
+    Mutant(
+        "rows of one unit are clipped one by one",
+        "gradients/vmap.py",
+        "    if fold.is_identity:\n",
+        "    if True:\n",
+        (FRAME,),
+    ),
+    Mutant(
+        "BatchNorm in train mode is accepted",
+        "training/private.py",
+        "        _check_coupling(model)\n",
+        "        pass\n",
+        (PRIVATE,),
+    ),
+    # accounting
+    Mutant(
+        "steps are counted once",
+        "privacy/events.py",
+        "dp_accounting.SelfComposedDpEvent(event, count) for",
+        "dp_accounting.SelfComposedDpEvent(event, 1) for",
+        (ACCOUNTING,),
+    ),
+    Mutant(
+        "calibration stops on the coarse grid's wrong side",
+        "privacy/calibration.py",
+        "    return high\n\n\ndef _bracket",
+        "    return low\n\n\ndef _bracket",
+        (CALIBRATION,),
+    ),
+    Mutant(
+        "epsilon is rounded down",
+        "training/private.py",
+        "math.ceil(epsilon * 10**digits)",
+        "math.floor(epsilon * 10**digits)",
+        (PRIVATE,),
+    ),
+    # ledger, checkpoint, resume
+    Mutant(
+        "the ledger is written after the noise",
+        "mechanism/step.py",
+        "        receipt = self.ledger.charge(self._event)\n        noised = self.plan.noise.add(sums, receipt, self._noise)\n",
+        "        from privgrad.privacy.ledger import Receipt\n\n"
+        "        receipt = Receipt(self.ledger.count + 1, self._event)\n"
+        "        noised = self.plan.noise.add(sums, receipt, self._noise)\n        self.ledger.charge(self._event)\n",
+        (FRAME,),
+    ),
+    Mutant(
+        "the ledger is not flushed",
+        "privacy/ledger.py",
+        "            self._file.flush()\n            os.fsync(self._file.fileno())\n        except",
+        "        except",
+        (LEDGER, FRAME),
+    ),
+    Mutant(
+        "a ledger that failed goes on",
+        "privacy/ledger.py",
+        "            self._broken = True\n            raise PrivgradError(",
+        "            raise PrivgradError(",
+        (LEDGER,),
+    ),
+    Mutant(
+        "a resume forgets the steps that a crash lost",
+        "privacy/ledger.py",
+        "        ledger._events, ledger._count, ledger._head = Counter(record.events), record.count, record.head\n",
+        "        ledger._events, ledger._count, ledger._head = Counter(), 0, record.heads[0]\n",
+        (LEDGER,),
+    ),
+    Mutant(
+        "a changed line passes",
+        "privacy/ledger.py",
+        "    if raw != expected:",
+        "    if False:",
+        (LEDGER,),
+    ),
+    Mutant(
+        "a missing tail passes",
+        "training/run.py",
+        "    if steps > record.count:",
+        "    if False:",
+        (VERIFY,),
+    ),
+    Mutant(
+        "a run goes on after its last step",
+        "mechanism/step.py",
+        "if self.ledger.count >= self.plan.steps:",
+        "if False:",
+        (PRIVATE,),
+    ),
+    Mutant(
+        "the seed is published",
+        "mechanism/plan.py",
+        '    if field.name == "insecure_seed" and value is not None:',
+        "    if False:",
+        (NOISE,),
+    ),
+    Mutant(
+        "mixing gives away the gradient",
+        "training/private.py",
+        "        if self.plan.mixing is not None:\n            raise RefusedError(",
+        "        if False:\n            raise RefusedError(",
+        (FRAME,),
+    ),
+    Mutant(
+        "a swapped model passes",
+        "training/run.py",
+        'if file_digest(self.model) != stored["model_sha256"]:',
+        "if False:",
+        (VERIFY,),
+    ),
+)
