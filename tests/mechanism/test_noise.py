@@ -58,6 +58,8 @@ def test_every_tensor_is_noised() -> None:
     biases = torch.cat([update["0.bias"], update["1.bias"]])
     assert 40 < float((biases / 2).square().sum()) < 125
     assert biases.ne(0).all()
+    one, other = update["0.weight"].flatten(), update["1.weight"].flatten()
+    assert abs(float((one * other).mean())) / 4 < 5.5 / 1200**0.5, "two tensors share their noise"
 
 
 def test_steps_have_fresh_noise() -> None:

@@ -1,0 +1,40 @@
+"""The examples run, and keep what they promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from examples import foreign_optimizer, own_loop
+
+
+def test_own_loop_adds_at_most_six_lines() -> None:
+    source = Path(own_loop.__file__).read_text()
+    assert len(re.findall(r"# \(\+\)$", source, flags=re.MULTILINE)) <= 6
+    mentions = [line for line in source.splitlines() if re.search(r"\b(pg|private|plan)\b[.(= ]", line)]
+    assert all("(+)" in line for line in mentions), "a privgrad line is not counted"
+    assert own_loop.main() > 0.85
+
+
+def test_another_framework_may_own_the_optimizer() -> None:
+    assert foreign_optimizer.main() > 0.85
+
+
+def test_state_dict_keys_are_unchanged() -> None:
+    import privgrad as pg
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    before = list(model.state_dict())
+    data = torch.utils.data.TensorDataset(torch.randn(20, 2), torch.zeros(20, dtype=torch.long))
+    plan = pg.Plan(
+        sampling=pg.PoissonSampling(expected_batch_size=5, dataset_size=20),
+        steps=3,
+        noise=pg.GaussianNoise(multiplier=1.0),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    private = pg.make_private(model, optimizer, data, plan, pg.supervised(torch.nn.functional.cross_entropy))
+    for batch in private.batches():
+        private.step(batch)
+    assert list(model.state_dict()) == before
+    assert type(model) is torch.nn.Sequential
