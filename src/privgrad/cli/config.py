@@ -20,7 +20,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": None,
         "epochs": None,
         "protects": {"kind": "example"},
-        "sampling": {"kind": "poisson", "expected_batch_size": 256},
+        "sampling": {"kind": "poisson", "expected_batch_size": 512},
         "groups": None,
         "compression": None,
         "clipping": {"kind": "flat", "max_norm": 1.0},
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "mixing": None,
         "statistics": None,
     },
-    "optimizer": {"name": "sgd", "lr": 1.0},
+    "optimizer": {"name": "sgd", "lr": 1.2},
     "training": {"seed": 0, "evaluations": 10, "averaging": {"kind": "ema", "decay": 0.95}},
     "run": {"device": "auto", "memory": "auto", "engine": "auto", "workers": 0},
 }

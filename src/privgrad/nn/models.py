@@ -28,7 +28,7 @@ class LogisticRegression(nn.Module):
 class MLP(nn.Module):
     """Fully connected layers with tanh between them (bounded activations keep gradient norms, and so clipping, steady)."""
 
-    def __init__(self, input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (64,)) -> None:
+    def __init__(self, input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (128,)) -> None:
         super().__init__()
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
