@@ -16,6 +16,7 @@ ACCOUNTING = "tests/privacy/test_accounting.py"
 CALIBRATION = "tests/privacy/test_calibration.py"
 TRAINER = "tests/training/test_trainer.py"
 PRIVATE = "tests/training/test_private.py"
+CERTIFICATE = "tests/privacy/test_certificate.py"
 VERIFY = "tests/training/test_verify.py"
 
 
@@ -184,8 +185,8 @@ MUTANTS = (
     Mutant(
         "joint multiplier adds instead of whitening",
         "privacy/sensitivity.py",
-        "total += (distance / scale) ** 2",
-        "total = max(total, (distance / scale) ** 2)",
+        "together = math.hypot(*ratios)",
+        "together = max(ratios, default=0.0)",
         (TABLE,),
     ),
     # sampling and units
@@ -228,8 +229,8 @@ MUTANTS = (
     Mutant(
         "an empty batch is not a step",
         "training/batches.py",
-        "        yield SampledBatch(data, Fold.identity(rows))",
-        "        if rows:\n            yield SampledBatch(data, Fold.identity(rows))",
+        "        yield SampledBatch(data, Fold.identity(drawn))",
+        "        if drawn:\n            yield SampledBatch(data, Fold.identity(drawn))",
         (PRIVATE,),
     ),
     Mutant(
@@ -250,7 +251,7 @@ MUTANTS = (
         "BatchNorm in train mode is accepted",
         "training/private.py",
         "        _check_coupling(model)\n",
-        "        pass\n",
+        "        _ = model\n",
         (PRIVATE,),
     ),
     # accounting
@@ -270,10 +271,10 @@ MUTANTS = (
     ),
     Mutant(
         "epsilon is rounded down",
-        "training/private.py",
-        "math.ceil(epsilon * 10**digits)",
-        "math.floor(epsilon * 10**digits)",
-        (PRIVATE,),
+        "privacy/certificate.py",
+        "rounding=ROUND_CEILING",
+        "rounding='ROUND_HALF_EVEN'",
+        (CERTIFICATE,),
     ),
     # ledger, checkpoint, resume
     Mutant(
@@ -288,15 +289,15 @@ MUTANTS = (
     Mutant(
         "the ledger is not flushed",
         "privacy/ledger.py",
-        "            self._file.flush()\n            os.fsync(self._file.fileno())\n        except",
+        "            os.fsync(self._file.fileno())\n        except",
         "        except",
         (LEDGER, FRAME),
     ),
     Mutant(
         "a ledger that failed goes on",
         "privacy/ledger.py",
-        "            self._broken = True\n            raise PrivgradError(",
-        "            raise PrivgradError(",
+        "        self._broken = True\n        try:",
+        "        try:",
         (LEDGER,),
     ),
     Mutant(

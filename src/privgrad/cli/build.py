@@ -14,6 +14,7 @@ from privgrad.data.source import Source, load
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
 from privgrad.mechanism.sampling import PoissonSampling
 from privgrad.training.averaging import ExponentialAverage
@@ -40,6 +41,10 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
     if epsilon is not None and multiplier is not None:
         raise PrivgradError(
             "both privacy.epsilon and plan.noise.multiplier are given; one follows from the other: leave one out"
+        )
+    if stages["noise"].insecure_seed == SECRET:
+        raise PrivgradError(
+            "plan.noise.insecure_seed is 'secret', a stored plan without its seed; expected a whole number"
         )
     if epsilon is not None:
         check_number("privacy.epsilon", epsilon, above=0)
@@ -71,9 +76,9 @@ def build_device(config: Config) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(str(name))
         torch.empty(1, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise PrivgradError(f"run.device is {name!r}, which cannot be used: {reason}") from error
     return device
@@ -108,6 +113,8 @@ def build_optimizer(config: Config, model: nn.Module) -> tuple[Optimizer, LRSche
     arguments = {key: value for key, value in config["optimizer"].items() if key not in ("name", "schedule")}
     optimizer_class = _named(torch.optim, Optimizer, "optimizer.name", config["optimizer"]["name"])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if "lr" in arguments:
+        check_number("optimizer.lr", arguments["lr"], at_least=0)
     optimizer: Optimizer = _make("optimizer", optimizer_class, parameters, arguments)
     schedule = config["optimizer"].get("schedule")
     if schedule is None:
@@ -133,7 +140,7 @@ def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:
 def _make(key: str, cls: type[Any], first: Any, arguments: dict[str, Any]) -> Any:
     try:
         return cls(first, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise PrivgradError(f"{key}: {cls.__name__} cannot be made with {arguments}: {error}") from error
 
 

@@ -88,7 +88,7 @@ def _stage(slot: str, default: Mapping[str, Any] | None, value: Any) -> dict[str
     if default is None and "kind" not in value:
         raise PrivgradError(f"plan.{slot} has no 'kind'; {nearest('', KINDS[slot])}")
     kind = value.get("kind", (default or {}).get("kind"))
-    if kind not in KINDS[slot]:
+    if not isinstance(kind, str) or kind not in KINDS[slot]:
         raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(str(kind), KINDS[slot])}")
     fields = [field.name for field in dataclasses.fields(KINDS[slot][kind])]
     for key in value:
@@ -99,6 +99,14 @@ def _stage(slot: str, default: Mapping[str, Any] | None, value: Any) -> dict[str
     if slot == "sampling" and "rate" in value and "expected_batch_size" not in value:
         merged.pop("expected_batch_size", None)  # the other way to say how large a batch is
     return merged
+
+
+def section_of(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """One section of what was given, made where there is none."""
+    section = given.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise PrivgradError(f"{name} is {section!r}; expected a table, [{name}]")
+    return section
 
 
 def assign(given: dict[str, Any], setting: str) -> str | None:

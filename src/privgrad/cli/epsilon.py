@@ -20,7 +20,7 @@ from privgrad.cli.numbers import (
 )
 from privgrad.cli.output import print_json
 from privgrad.errors import PrivgradError
-from privgrad.training.private import round_up
+from privgrad.privacy.certificate import round_up
 
 
 def epsilon(
@@ -63,5 +63,5 @@ def epsilon(
         )
     else:
         print(
-            f"epsilon = {round_up(spent)} at delta = {plan.delta:g} ({plan.steps} steps, {plan.accountant}, {plan.adjacency})"
+            f"epsilon = {round_up(spent, 3)} at delta = {plan.delta:g} ({plan.steps} steps, {plan.accountant}, {plan.adjacency})"
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from privgrad.cli.build import build_data, build_plan, plan_for_numbers
-from privgrad.cli.config import DEFAULTS, assign, complete, read_config
+from privgrad.cli.config import DEFAULTS, assign, complete, read_config, section_of
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.plan import Plan
 
@@ -45,9 +45,9 @@ def plan_from(
     for setting in settings or []:
         assign(given, setting)
     over = {"delta": delta, "accountant": accountant, "adjacency": adjacency, "epsilon": epsilon}
-    given.setdefault("privacy", {}).update({key: value for key, value in over.items() if value is not None})
+    section_of(given, "privacy").update({key: value for key, value in over.items() if value is not None})
     if multiplier is not None:
-        given.setdefault("plan", {}).setdefault("noise", {})["multiplier"] = multiplier
+        section_of(section_of(given, "plan"), "noise")["multiplier"] = multiplier
     config = complete(given)
     sampling = config["plan"]["sampling"]
     known = sampling.get("dataset_size") is not None or sampling.get("rate") is not None

@@ -12,16 +12,16 @@ import torch
 import typer
 
 from privgrad.cli.build import build_averaging, build_data, build_device, build_engine, build_optimizer, build_plan
-from privgrad.cli.config import Config, assign, complete, differences, read_config, without_none
+from privgrad.cli.config import Config, assign, complete, differences, read_config, section_of, without_none
 from privgrad.cli.numbers import Json, Settings
 from privgrad.cli.output import print_json
-from privgrad.errors import PrivgradError, check_count
-from privgrad.files import read_json, write_atomically
+from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.files import read_json
 from privgrad.mechanism.plan import Plan
 from privgrad.nn.models import build_model
+from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
-from privgrad.training.private import round_up
 from privgrad.training.run import Run
 from privgrad.training.trainer import Result, Trainer
 
@@ -47,7 +47,7 @@ def train(
     }
     for (section, key), value in options.items():
         if value is not None:
-            given.setdefault(section, {})[key] = value
+            section_of(given, section)[key] = value
     for setting in settings or []:
         note = assign(given, setting)
         if note:
@@ -78,6 +78,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     """Everything behind `privgrad train`: data, plan, model, optimizer, and the run."""
     training, workers = config["training"], config["run"]["workers"]
     check_count("training.seed", training["seed"], at_least=0)
+    check_number("training.seed", training["seed"], at_most=2**63 - 1)
     check_count("training.evaluations", training["evaluations"])
     check_count("run.workers", workers, at_least=0)
     source = build_data(config)
@@ -95,9 +96,6 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     else:
         plan = build_plan(config, source.size)
     _warn(plan, source.size)
-    if not resume:
-        run.create()
-        write_atomically(run.config, tomli_w.dumps(without_none(config)))
     trainer = Trainer(
         model,
         optimizer,
@@ -112,6 +110,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
         averaging=build_averaging(config),
         evaluations=training["evaluations"],
         data_name=f"{source.name}; {source.scaling}",
+        config=tomli_w.dumps(without_none(config)),
         resume=resume,
     )
     return trainer.fit()
@@ -153,6 +152,6 @@ def _warn(plan: Plan, size: int) -> None:
 
 def _tell(result: Result) -> None:
     accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.1%}"
-    print(f"epsilon = {round_up(result.epsilon)} at delta = {result.delta:g}{accuracy}")
+    print(f"epsilon = {round_up(result.epsilon, 3)} at delta = {result.delta:g}{accuracy}")
     print(f"certificate: {result.run / 'certificate.html'}")
     print(f"check it:    privgrad verify {result.run}")

@@ -11,7 +11,7 @@ import typer
 from privgrad.cli.numbers import Json
 from privgrad.cli.output import print_json
 from privgrad.errors import PrivgradError, VerificationError
-from privgrad.training.private import round_up
+from privgrad.privacy.certificate import round_up
 from privgrad.training.run import Run
 
 
@@ -34,7 +34,7 @@ def verify(run: Annotated[Path, typer.Argument(help="The run directory.")], json
             if verified.finished
             else "ledger and plan agree; the run is not finished"
         )
-        print(f"verified: epsilon = {round_up(verified.epsilon)} after {verified.steps} steps; {state}")
+        print(f"verified: epsilon = {round_up(verified.epsilon, 3)} after {verified.steps} steps; {state}")
 
 
 def _fail(mismatches: list[str], json: bool, epsilon: float | None, steps: int | None) -> None:

@@ -23,6 +23,7 @@ from privgrad.privacy import accounting
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.adjacency import Adjacency, Example
 from privgrad.privacy.calibration import calibrate
+from privgrad.privacy.certificate import PlanFacts
 from privgrad.privacy.events import Accountant, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
 
@@ -160,6 +161,17 @@ class Plan:
         unit = self.protects.words
         stages = {name: getattr(self, name) for name in KINDS if name != "protects"}
         return {name: chosen.words.format(unit=unit) for name, chosen in stages.items() if chosen is not None}
+
+    def facts(self) -> PlanFacts:
+        """What the certificate says of this plan."""
+        return PlanFacts(
+            plan=self.to_json(),
+            words=self.words,
+            unit=self.protects.words,
+            noise_multiplier=float(self.noise.multiplier or 0.0),
+            seeded=self.noise.insecure_seed is not None,
+            steps=self.steps,
+        )
 
     def terms(self) -> Terms:
         """The first line of this plan's ledger."""

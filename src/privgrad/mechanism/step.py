@@ -89,6 +89,10 @@ class StepRunner:
             raise PrivgradError(
                 f"all {self.plan.steps} steps of the plan are charged; a longer training is another plan"
             )
+        if trainable(self.model).keys() != self._parameters.keys():
+            raise PrivgradError(
+                "the set of trainable parameters changed during training (requires_grad); it is fixed when training starts"
+            )
         sums = self.clipped_sum(batch, fold)
         if self.reduce is not None:
             self.reduce(sums.flat)

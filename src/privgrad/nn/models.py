@@ -89,11 +89,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 """Models by their name in a configuration file: called with input_shape, classes and the configuration's arguments."""
 
 
-def build_model(name: str, input_shape: Sequence[int], classes: int, arguments: dict[str, object]) -> nn.Module:
+def build_model(name: object, input_shape: Sequence[int], classes: int, arguments: dict[str, object]) -> nn.Module:
     """A reference model by name, or the user's own as "package.module:factory".
 
     A factory is called like ours: factory(input_shape=..., classes=..., **arguments).
     """
+    if not isinstance(name, str):
+        raise PrivgradError(f"model.name is {name!r}; expected one of: {', '.join(MODELS)}")
     factory = MODELS.get(name)
     if factory is None:
         if ":" not in name:
@@ -101,8 +103,9 @@ def build_model(name: str, input_shape: Sequence[int], classes: int, arguments: 
         factory = _import_factory(name)
     try:
         model = factory(input_shape=tuple(input_shape), classes=classes, **arguments)
-    except TypeError as error:
-        raise PrivgradError(f"model {name!r} cannot be made with arguments {arguments}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrivgradError(f"model {name!r} cannot be made with arguments {arguments}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise PrivgradError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     return model

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
@@ -33,6 +34,10 @@ class Precision(Enum):
 
 _COARSEST_GRID = 1e-2
 _POINTS = 1e6
+_LARGEST_MULTIPLIER = 1e9
+_SMALLEST_RATE = 1e-12
+_SMALLEST_MULTIPLIER = 1e-4
+"""Less noise than this protects nobody (epsilon of one step is far above `_LARGEST_EPSILON`): reported as infinite."""
 _LARGEST_EPSILON = 1e6
 """Above this a guarantee says nothing; it is reported as infinite, which is an upper bound too."""
 
@@ -48,24 +53,52 @@ def _quiet() -> Iterator[None]:
         absl_logging.set_verbosity(before)
 
 
-def _atoms(event: DpEvent) -> Iterator[tuple[float, float]]:
-    """(sampling probability, noise multiplier) of every Gaussian inside an event."""
+@dataclass(frozen=True)
+class _Atom:
+    """One kind of sampled Gaussian inside an event, and how often it occurs."""
+
+    rate: float
+    multiplier: float
+    count: int
+
+
+def _atoms(event: DpEvent, count: int = 1) -> Iterator[_Atom]:
     if isinstance(event, dp_accounting.GaussianDpEvent):
-        yield 1.0, event.noise_multiplier
+        yield _Atom(1.0, event.noise_multiplier, count)
     elif isinstance(event, dp_accounting.PoissonSampledDpEvent):
-        for _, multiplier in _atoms(event.event):
-            yield event.sampling_probability, multiplier
+        for atom in _atoms(event.event, count):
+            yield replace(atom, rate=event.sampling_probability)
     elif isinstance(event, dp_accounting.SelfComposedDpEvent):
-        yield from _atoms(event.event)
+        yield from _atoms(event.event, event.count * count)
     elif isinstance(event, dp_accounting.ComposedDpEvent):
         for part in event.events:
-            yield from _atoms(part)
+            yield from _atoms(part, count)
 
 
-def _largest_loss(rate: float, multiplier: float) -> float:
+def _bounded(event: DpEvent) -> DpEvent:
+    """The event with absurdly large multipliers lowered and absurdly small rates raised: that can only raise epsilon."""
+    if isinstance(event, dp_accounting.GaussianDpEvent):
+        return dp_accounting.GaussianDpEvent(min(event.noise_multiplier, _LARGEST_MULTIPLIER))
+    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+        return dp_accounting.PoissonSampledDpEvent(
+            max(event.sampling_probability, _SMALLEST_RATE), _bounded(event.event)
+        )
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return dp_accounting.SelfComposedDpEvent(_bounded(event.event), event.count)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return dp_accounting.ComposedDpEvent(tuple(_bounded(part) for part in event.events))
+    return event
+
+
+def _largest_loss(atom: _Atom) -> float:
     """About the largest privacy loss of one sampled Gaussian whose probability is not negligible (10 sigma)."""
-    full = 0.5 / multiplier**2 + 10 / multiplier
-    return full if rate == 1.0 else full + math.log(rate + (1 - rate) * math.exp(-full))
+    full = 0.5 / atom.multiplier**2 + 10 / atom.multiplier
+    return full if atom.rate == 1.0 else full + math.log(atom.rate + (1 - atom.rate) * math.exp(-full))
+
+
+def _spread(atoms: Sequence[_Atom]) -> float:
+    """About the standard deviation of the composed privacy loss where it is small: sqrt(T) q sqrt(e^(1/z^2) - 1)."""
+    return math.sqrt(sum(atom.count * atom.rate**2 * math.expm1(min(1.0, atom.multiplier**-2)) for atom in atoms))
 
 
 def _rdp(event: DpEvent, relation: NeighboringRelation) -> RdpAccountant:
@@ -78,8 +111,10 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
 
     None where the answer is beyond `_LARGEST_EPSILON`.
     """
+    atoms = list(_atoms(event))
     guide = float(_rdp(event, NeighboringRelation.ADD_OR_REMOVE_ONE).get_epsilon(delta))
-    largest = max((_largest_loss(rate, multiplier) for rate, multiplier in _atoms(event)), default=1.0)
+    guide = max(guide, _spread(atoms))
+    largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
         return None
     grid = max(min(precision.value * guide, _COARSEST_GRID), guide / _POINTS, largest / _POINTS)
@@ -95,6 +130,8 @@ def _trivial(event: DpEvent) -> float | None:
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return _trivial(event.event)
     if isinstance(event, dp_accounting.ComposedDpEvent) and any(_trivial(part) == math.inf for part in event.events):
+        return math.inf
+    if any(atom.multiplier < _SMALLEST_MULTIPLIER for atom in _atoms(event)):
         return math.inf
     return None
 
@@ -118,8 +155,12 @@ def epsilon(
     trivial = _trivial(event)
     if trivial is not None:
         return trivial
+    event = _bounded(event)
     if accountant is Accountant.RDP:
-        return float(_rdp(event, relation).get_epsilon(delta))
+        found = float(_rdp(event, relation).get_epsilon(delta))
+        if found > 0:
+            return found
+        # dp-accounting answers 0 where a divergence is lost in rounding. PLD, which rounds upwards, has the last word.
     composed = _pld(event, delta, relation, precision)
     return math.inf if composed is None else float(composed.get_epsilon(delta))
 
@@ -140,6 +181,6 @@ def attack_success(
     proven = epsilon(event, delta, relation, accountant, precision)
     advantage = 1.0 if math.isinf(proven) else math.tanh(proven / 2) + 2 * delta / (math.exp(min(proven, 700)) + 1)
     if accountant is Accountant.PLD and _trivial(event) is None:
-        composed = _pld(event, delta, relation, precision)
+        composed = _pld(_bounded(event), delta, relation, precision)
         advantage = min(advantage, 1.0 if composed is None else float(composed.get_delta(0.0)))
     return min(1.0, (1 + advantage) / 2)

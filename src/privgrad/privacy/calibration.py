@@ -27,8 +27,10 @@ def calibrate(spent: Callable[[float, Precision], float], target: float) -> floa
     check_number("epsilon", target, above=0)
     near = _search(lambda z: spent(z, Precision.COARSE) <= target, start=1.0)
     # The coarse grid overstates. Aim once more, at where it says what the fine grid would say is the target.
-    overstated = spent(near, Precision.COARSE) / spent(near, Precision.FINE)
-    near = _search(lambda z: spent(z, Precision.COARSE) <= target * overstated, start=near, stride=1.1)
+    exact = spent(near, Precision.FINE)
+    if exact > 0:
+        overstated = spent(near, Precision.COARSE) / exact
+        near = _search(lambda z: spent(z, Precision.COARSE) <= target * overstated, start=near, stride=1.1)
     return _search(lambda z: spent(z, Precision.FINE) <= target, start=near, stride=1 + TOLERANCE)
 
 

@@ -10,6 +10,7 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -57,15 +58,25 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a certificate needs to know of a plan: its JSON, what its stages do in words, and a few of its numbers.
+
+    unit: one unit of privacy, in a word. seeded: the noise comes from a seed that must stay secret.
+    """
+
+    plan: Mapping[str, Any]
+    words: Mapping[str, str]
+    unit: str
+    noise_multiplier: float
+    seeded: bool
+    steps: int
+
+
 def make_certificate(
     record: Record,
+    facts: PlanFacts,
     *,
-    plan: Mapping[str, Any],
-    words: Mapping[str, str],
-    unit: str,
-    noise_multiplier: float,
-    seeded: bool,
-    steps_planned: int,
     steps_applied: int,
     data: str,
     model_digest: str,
@@ -74,9 +85,9 @@ def make_certificate(
 ) -> dict[str, Any]:
     """The certificate of a finished run, with its own digest.
 
-    record: the ledger. plan, words: the plan's JSON and what its stages do. unit: one unit of privacy, in a word. created: when,
-    as text. epsilon is None where there is no guarantee (noise 0): JSON knows no infinity.
+    record: the ledger. created: when, as text. epsilon is None where there is no guarantee (noise 0): JSON knows no infinity.
     """
+    unit = facts.unit
     epsilon = record.spent()
     terms = record.terms
     content: dict[str, Any] = {
@@ -90,23 +101,27 @@ def make_certificate(
         "attack_success": record.attack_success(),
         "setting": "central: the trainer is trusted and sees the data; what leaves the training is protected",
         "covers": "one training run, with every intermediate state of the weights and the final model",
-        "mechanism": dict(words),
-        "noise": {"multiplier": noise_multiplier, "secret_seed": seeded},
+        "mechanism": dict(facts.words),
+        "noise": {"multiplier": facts.noise_multiplier, "secret_seed": facts.seeded},
         "accounting": {
             "accountant": terms.accountant.value,
             "words": _ACCOUNTANTS[terms.accountant],
             "assumptions": _SAMPLERS[terms.sampler],
             "library": f"dp-accounting {_version('dp-accounting')}",
         },
-        "steps": {"planned": steps_planned, "charged": record.count, "applied": steps_applied},
+        "steps": {"planned": facts.steps, "charged": record.count, "applied": steps_applied},
         "data": data,
         "evaluation": None
         if evaluation is None
-        else {"split": evaluation.split, "declared": evaluation.declared, **evaluation.metrics},
+        else {
+            "split": evaluation.split,
+            "declared": evaluation.declared,
+            "metrics": {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()},
+        },
         "disclosed": [],
         "not_covered": list(_NOT_COVERED),
         "ledger": {"steps": record.count, "head": record.head},
-        "plan": dict(plan),
+        "plan": dict(facts.plan),
         "plan_digest": terms.plan,
         "model_sha256": model_digest,
         "software": {
@@ -118,20 +133,33 @@ def make_certificate(
     return {**content, "digest": digest(content)}
 
 
+def round_up(number: float, digits: int) -> str:
+    """A number as people read it, rounded upwards from its shortest decimal form (a float times 100 may round downwards)."""
+    if math.isinf(number):
+        return "infinity"
+    return str(Decimal(repr(float(number))).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING))
+
+
 def rounded_epsilon(certificate: Mapping[str, Any]) -> str:
     """epsilon as people read it: rounded upwards to two digits."""
     epsilon = certificate["epsilon"]
-    return "none" if epsilon is None else f"{math.ceil(epsilon * 100) / 100:.2f}"
+    return "none" if epsilon is None else round_up(epsilon, 2)
 
 
 def plain_delta(certificate: Mapping[str, Any]) -> str:
-    """delta without an exponent: 0.00001."""
-    return f"{certificate['delta']:.20f}".rstrip("0")
+    """delta as people read it: 0.00001; with an exponent where the zeros would not end."""
+    delta = float(certificate["delta"])
+    return f"{Decimal(repr(delta)):f}" if delta >= 1e-12 else repr(delta)
 
 
 def success_of_100(certificate: Mapping[str, Any]) -> int:
     """How often in 100 fair in-or-out guesses an ideal attacker can be right at most, rounded upwards."""
     return min(100, math.ceil(100 * float(certificate["attack_success"]) - 1e-9))
+
+
+def shown(metric: float | None) -> str:
+    """A metric as people read it."""
+    return "not a number" if metric is None else f"{metric:.4f}"
 
 
 def statement(certificate: Mapping[str, Any]) -> str:
@@ -192,13 +220,12 @@ def to_markdown(certificate: Mapping[str, Any]) -> str:
         "",
     ]
     if c["evaluation"] is not None:
-        metrics = {key: value for key, value in c["evaluation"].items() if key not in ("split", "declared")}
         lines += [
             "## What was measured",
             "",
             f"On the split `{c['evaluation']['split']}`, declared {c['evaluation']['declared']} (not protected):",
             "",
-            *[f"- {name.replace('_', ' ')}: {value:.4f}" for name, value in metrics.items()],
+            *[f"- {name.replace('_', ' ')}: {shown(value)}" for name, value in c["evaluation"]["metrics"].items()],
             "",
         ]
     lines += [

@@ -7,6 +7,7 @@ nobody outside this file builds an event or names a relation.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
@@ -96,7 +97,7 @@ def compose(events: Mapping[DpEvent, int]) -> DpEvent:
     parts = [dp_accounting.SelfComposedDpEvent(event, count) for event, count in events.items() if count > 0]
     if not parts:
         return dp_accounting.NoOpDpEvent()
-    return parts[0] if len(parts) == 1 else dp_accounting.ComposedDpEvent(parts)
+    return parts[0] if len(parts) == 1 else dp_accounting.ComposedDpEvent(tuple(parts))  # a tuple, to be hashable
 
 
 _SERIALISED: dict[str, type[DpEvent]] = {
@@ -108,37 +109,59 @@ _KINDS = {cls: kind for kind, cls in _SERIALISED.items()}
 
 
 def event_to_json(event: DpEvent) -> dict[str, Any]:
-    """A plain dictionary for the ledger: the event's kind and its numbers."""
+    """A plain dictionary for the ledger: the event's kind and its numbers.
+
+    Raises:
+        PrivgradError: an event that `event_from_json` would not read back.
+    """
     if type(event) not in _KINDS:
         raise PrivgradError(f"no ledger form for the event {event!r}; known: {', '.join(_SERIALISED)}")
     fields = attr.asdict(event, recurse=False)
     values = {name: event_to_json(value) if isinstance(value, DpEvent) else value for name, value in fields.items()}
-    return {"kind": _KINDS[type(event)], **values}
+    data = {"kind": _KINDS[type(event)], **values}
+    try:
+        event_from_json(data)
+    except VerificationError as error:
+        raise PrivgradError(f"the ledger cannot hold this event: {error}") from error
+    return data
 
 
-def event_from_json(data: object) -> DpEvent:
-    """The event of a dictionary made by `event_to_json`.
+def event_from_json(data: object, *, sampled: bool = False) -> DpEvent:
+    """The event of a dictionary made by `event_to_json`. sampled: it stands inside a Poisson sample, so it must be a Gaussian.
 
     Raises:
         VerificationError: for an unknown kind, a missing or surplus key, or a number outside its range.
     """
     if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-        raise VerificationError(f"unknown event {data!r}; expected an object with a 'kind'")
+        raise VerificationError(f"unknown event {_shown(data)}; expected an object with a 'kind'")
     kind = data["kind"]
-    if kind not in _SERIALISED:
-        raise VerificationError(f"unknown event {kind!r}; {nearest(kind, _SERIALISED)}")
+    known = ["gaussian"] if sampled else list(_SERIALISED)
+    if kind not in known:
+        raise VerificationError(
+            f"unknown event {kind!r}{' inside a Poisson sample' if sampled else ''}; {nearest(kind, known)}"
+        )
     cls = _SERIALISED[kind]
     names = {field.name for field in attr.fields(cls)}
     if set(data) - {"kind"} != names:
-        raise VerificationError(f"event {kind!r} has the keys {sorted(set(data) - {'kind'})}; expected {sorted(names)}")
+        raise VerificationError(f"event {kind!r} has the keys {_shown(set(data) - {'kind'})}; expected {sorted(names)}")
     values: dict[str, Any] = {}
     for name in names:
-        value = data[name]
         if name == "event":
-            values[name] = event_from_json(value)
-            continue
-        upper = 1.0 if name == "sampling_probability" else float("inf")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= upper:
-            raise VerificationError(f"event {kind!r} has {name} = {value!r}; expected a number in (0, {upper:g}]")
-        values[name] = float(value)
+            values[name] = event_from_json(data[name], sampled=True)
+        else:
+            values[name] = _number(
+                kind, name, data[name], 1.0 if name == "sampling_probability" else sys.float_info.max
+            )
     return cls(**values)
+
+
+def _number(kind: str, name: str, value: object, upper: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= upper:
+        raise VerificationError(f"event {kind!r} has {name} = {_shown(value)}; expected a number in (0, {upper:g}]")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    """The value for a message, cut to a length that a person reads."""
+    text = repr(sorted(value, key=str) if isinstance(value, set) else value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -12,8 +12,9 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dp_accounting import DpEvent
 
@@ -25,6 +26,7 @@ from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Accountant, Sampler, compose, event_from_json, event_to_json, relation
 
 _FORMAT = 1
+_STEP_KEYS = {"step", "event", "previous", "hash"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Terms:
                 data["delta"],
             )
             check_number("delta", terms.delta, above=0, below=1)
-        except (KeyError, ValueError, TypeError) as error:
+        except VerificationError:
+            raise
+        except (KeyError, ValueError, TypeError, PrivgradError) as error:
             raise VerificationError(f"the ledger's first line does not name its terms: {error}") from error
         return terms
 
@@ -146,8 +150,10 @@ def read_ledger(path: Path) -> Record:
     known: dict[str, DpEvent] = {}
     for step, line in enumerate(lines[1:], start=1):
         entry = _read_line(line + b"\n", step + 1, heads[-1])
-        if entry.get("step") != step:
-            raise VerificationError(f"ledger line {step + 1} charges step {entry.get('step')!r}; expected step {step}")
+        if entry.get("step") != step or entry.get("step") is True or entry.keys() != _STEP_KEYS:
+            raise VerificationError(
+                f"ledger line {step + 1} is not the charge of step {step}: {canonical_json(entry)[:120]}"
+            )
         text = canonical_json(entry.get("event"))
         if text not in known:
             known[text] = event_from_json(entry.get("event"))
@@ -166,7 +172,7 @@ class Ledger:
     def __init__(self, terms: Terms, path: Path | None = None) -> None:
         """Start a new ledger. An existing file is refused: `Ledger.resume` continues one."""
         self.terms = terms
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._events: Counter[DpEvent] = Counter()
         self._count = 0
         self._broken = False
@@ -174,7 +180,7 @@ class Ledger:
         if path is None:
             return
         try:
-            self._file = path.open("xb")
+            self._file = path.open("xb", buffering=0)
         except FileExistsError:
             raise PrivgradError(f"{path} exists already; resume that run or choose another directory") from None
         except OSError as error:
@@ -192,18 +198,25 @@ class Ledger:
             VerificationError: a broken chain.
         """
         try:
-            stream = path.open("r+b")
+            stream = path.open("r+b", buffering=0)
         except OSError as error:
             raise PrivgradError(f"{path} cannot be opened: {error.strerror or error}") from error
         _lock(stream, path)
-        record = read_ledger(path)
-        if record.terms != terms:
-            raise PrivgradError(f"{path} was written for another plan; resume with the plan that started it")
-        if record.torn:
-            # The line was cut off in the middle of its write: `charge` never returned, so its noise was never used.
-            stream.truncate(path.stat().st_size - record.torn)
-            os.fsync(stream.fileno())
-        stream.seek(0, os.SEEK_END)
+        try:
+            record = read_ledger(path)
+            if record.terms != terms:
+                raise PrivgradError(f"{path} was written for another plan; resume with the plan that started it")
+            if record.torn:
+                # The line was cut off in the middle of its write: `charge` never returned, so its noise was never used.
+                stream.truncate(path.stat().st_size - record.torn)
+                os.fsync(stream.fileno())
+            stream.seek(0, os.SEEK_END)
+        except OSError as error:
+            stream.close()
+            raise PrivgradError(f"{path} cannot be mended: {error.strerror or error}") from error
+        except PrivgradError:
+            stream.close()
+            raise
         ledger = cls.__new__(cls)
         ledger.terms, ledger._file, ledger._broken = terms, stream, False
         ledger._events, ledger._count, ledger._head = Counter(record.events), record.count, record.head
@@ -244,18 +257,21 @@ class Ledger:
     def _append(self, line: bytes) -> None:
         if self._file is None:
             return
+        # Broken until proven whole: also an interrupt in the middle of this leaves a file that nobody may go on with.
+        self._broken = True
         try:
-            self._file.write(line)
-            self._file.flush()
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            self._broken = True
             raise PrivgradError(
                 f"the ledger cannot be written ({error.strerror or error}); the step was not taken"
             ) from error
+        self._broken = False
 
 
-def _lock(stream: BinaryIO, path: Path) -> None:
+def _lock(stream: FileIO, path: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

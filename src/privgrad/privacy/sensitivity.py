@@ -55,11 +55,12 @@ def joint_multiplier(distances_and_scales: Iterable[tuple[float, float]]) -> flo
 
     Parts that nobody can move (R = 0) cost nothing; a part that can be moved and carries no noise makes z = 0.
     """
-    total = 0.0
+    ratios = []
     for distance, scale in distances_and_scales:
         if distance == 0.0:
             continue
         if scale == 0.0:
             return 0.0
-        total += (distance / scale) ** 2
-    return math.inf if total == 0.0 else 1.0 / math.sqrt(total)
+        ratios.append(distance / scale)
+    together = math.hypot(*ratios)
+    return math.inf if together == 0.0 else 1.0 / together

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from string import Template
 from typing import Any
 
-from privgrad.privacy.certificate import meaning, rounded_epsilon, statement, success_of_100
+from privgrad.privacy.certificate import meaning, rounded_epsilon, shown, statement, success_of_100
 
 _BLIND = 50
 """How often in 100 guesses a blind coin is right."""
@@ -268,10 +268,9 @@ def _measured(c: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     intro = f"<p>On the split {_code(found['split'])}, declared {_text(found['declared'])} (not protected):</p>\n"
-    metrics = [(name, value) for name, value in found.items() if name not in ("split", "declared")]
     return _section(
         "What was measured",
-        intro + _facts((name.replace("_", " ").capitalize(), f"{value:.4f}") for name, value in metrics),
+        intro + _facts((name.replace("_", " ").capitalize(), shown(value)) for name, value in found["metrics"].items()),
     )
 
 

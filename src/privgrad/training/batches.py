@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from privgrad.errors import PrivgradError
@@ -50,14 +51,15 @@ class _Rows(Dataset[Any]):
     def __len__(self) -> int:
         return size_of(self.dataset)
 
-    def __getitem__(self, indices: Tensor) -> Tree:
+    def __getitem__(self, indices: Tensor) -> tuple[int, Tree]:
+        """The number of units that were drawn, and their collated rows (None for none)."""
         if len(indices) == 0:
-            return None
+            return 0, None
         if type(self.dataset) is TensorDataset and self.collate_fn is None:
-            return tuple(tensor[indices] for tensor in self.dataset.tensors)
+            return len(indices), tuple(tensor[indices] for tensor in self.dataset.tensors)
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
-        return (self.collate_fn or default_collate)(rows)
+        return len(indices), (self.collate_fn or default_collate)(rows)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
@@ -94,7 +96,13 @@ def sampled_batches(
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # of its own: making a loader must not move the user's (dropout, after a resume)
     )
-    for data in loader:
-        rows = 0 if data is None else len(torch.utils._pytree.tree_leaves(data)[0])
-        yield SampledBatch(data, Fold.identity(rows))
+    for drawn, data in loader:
+        for leaf in pytree.tree_leaves(data):
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != drawn):
+                raise PrivgradError(
+                    f"the collated batch has a tensor of shape {tuple(leaf.shape)} for {drawn} records; expected the record "
+                    "as first dimension of every tensor, one row each"
+                )
+        yield SampledBatch(data, Fold.identity(drawn))

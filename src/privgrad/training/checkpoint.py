@@ -27,7 +27,11 @@ def save_tree(path: Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_flatten(tree, tensors))
-    write_atomically(path, save(tensors, metadata={"tree": structure}))
+    try:
+        content = save(tensors, metadata={"tree": structure})
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise PrivgradError(f"a checkpoint cannot hold one of these tensors: {error}") from error
+    write_atomically(path, content)
 
 
 def load_tree(path: Path) -> Any:
@@ -49,6 +53,8 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _own(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise PrivgradError(f"a checkpoint cannot hold a tensor of layout {tensor.layout}; make it dense")
     # safetensors refuses shared memory (tied weights): each name gets a copy of its own.
     return tensor.detach().to("cpu", copy=True).contiguous()
 
@@ -59,6 +65,9 @@ def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = _own(node)
         return {"tensor": name}
     if isinstance(node, dict):
+        strange = next((key for key in node if not isinstance(key, bool | int | float | str | None)), None)
+        if strange is not None:
+            raise PrivgradError(f"a checkpoint cannot hold the key {strange!r}; expected text or numbers")
         return {"dict": [[key, _flatten(value, tensors)] for key, value in node.items()]}
     if isinstance(node, list | tuple):
         return {"list": [_flatten(value, tensors) for value in node], "tuple": isinstance(node, tuple)}
@@ -78,8 +87,3 @@ def _unflatten(node: Any, tensors: dict[str, Tensor]) -> Any:
         items = [_unflatten(value, tensors) for value in node["list"]]
         return tuple(items) if node["tuple"] else items
     return node["value"]
-
-
-def random_state() -> Tensor:
-    """torch's own generator (dropout, augmentation), so that a resumed run goes on with it. Never noise or sampling."""
-    return torch.get_rng_state()

@@ -27,8 +27,8 @@ class DeclaredSplit:
     name: str = "test"
 
     def __post_init__(self) -> None:
-        if self.declared not in DECLARATIONS:
-            raise PrivgradError(f"data.test is {self.declared!r}; {nearest(self.declared, DECLARATIONS)}")
+        if not isinstance(self.declared, str) or self.declared not in DECLARATIONS:
+            raise PrivgradError(f"data.test is {self.declared!r}; {nearest(str(self.declared), DECLARATIONS)}")
 
 
 def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,12 @@ from torch.utils.data import Dataset
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
 from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.states import Release
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.accounting import Precision
+from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import SampledBatch, sampled_batches, size_of
 
@@ -35,16 +36,7 @@ class Spent:
     planned: int
 
     def __str__(self) -> str:
-        return (
-            f"epsilon = {round_up(self.epsilon)} at delta = {self.delta:g} after {self.steps} of {self.planned} steps"
-        )
-
-
-def round_up(epsilon: float, digits: int = 3) -> str:
-    """epsilon as people read it, rounded upwards: it is an upper bound."""
-    if math.isinf(epsilon):
-        return "infinity"
-    return f"{math.ceil(epsilon * 10**digits) / 10**digits:.{digits}f}"
+        return f"epsilon = {round_up(self.epsilon, 3)} at delta = {self.delta:g} after {self.steps} of {self.planned} steps"
 
 
 class Private:
@@ -134,9 +126,9 @@ class Private:
         return Spent(record.spent(precision), self.plan.delta, record.count, self.plan.steps)
 
     def _release(self, batch: SampledBatch) -> Release:
-        if not isinstance(batch, SampledBatch):
+        if batch is not self._pending:
             raise PrivgradError(
-                f"step() got a {type(batch).__name__}; it takes the batches of private.batches(), whose sampling is accounted"
+                f"step() got {_described(batch)}; it takes the one that private.batches() gave last, whose sampling is accounted"
             )
         data, fold = batch.take()
         device = next(iter(self._parameters.values())).device
@@ -177,13 +169,26 @@ def make_private(
         RefusedError: a model that couples examples, with the ways out.
     """
     plan = plan.for_dataset(size_of(dataset))
-    _check_optimizer(model, optimizer)
-    if plan.groups is None:
-        _check_coupling(model)
+    check_private(model, optimizer, plan)
     chosen = VmapEngine() if engine is None else engine
     ledger = Ledger(plan.terms()) if ledger is None else ledger
     runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
     return Private(model, optimizer, dataset, runner, collate_fn, workers)
+
+
+def check_private(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
+    """Refuse what cannot be trained privately, before anything is written. See `make_private` for what is refused."""
+    _check_optimizer(model, optimizer)
+    if plan.groups is None:
+        _check_coupling(model)
+    if plan.noise.insecure_seed == SECRET:
+        raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+
+
+def _described(batch: object) -> str:
+    return (
+        "a batch of another plan, or an earlier one" if isinstance(batch, SampledBatch) else f"a {type(batch).__name__}"
+    )
 
 
 def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
@@ -191,6 +196,10 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise RefusedError(
             "LBFGS calls the loss several times a step (a closure), each a release of its own; use SGD or Adam"
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise RefusedError("SparseAdam needs sparse gradients, and a noised gradient is dense; use SGD or Adam")
+    if not trainable(model):
+        raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
     known = {id(parameter) for parameter in model.parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     foreign = sum(id(parameter) not in known for parameter in held)

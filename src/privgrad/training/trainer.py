@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from privgrad.errors import PrivgradError
@@ -24,16 +23,16 @@ from privgrad.files import canonical_json, file_digest, write_atomically
 from privgrad.gradients.contract import Engine, LossFn, Tree
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.accounting import Precision
-from privgrad.privacy.certificate import Evaluation, make_certificate, to_markdown
+from privgrad.privacy.certificate import Evaluation, make_certificate, round_up, to_markdown
 from privgrad.privacy.ledger import Ledger
 from privgrad.report.certificate_page import to_html
 from privgrad.training.averaging import AveragedWeights, ExponentialAverage
 from privgrad.training.batches import size_of
 from privgrad.training.checkpoint import load_tree, save_tree, save_weights
 from privgrad.training.evaluation import DeclaredSplit, accuracy
-from privgrad.training.private import make_private, round_up
+from privgrad.training.private import check_private, make_private
 from privgrad.training.progress import ProgressDisplay, display
-from privgrad.training.run import Run
+from privgrad.training.run import Run, certificate_text, plan_text
 
 _CHECKPOINT_SHARE = 0.05
 """The share of the time that checkpoints may take: a small model gets one after nearly every step."""
@@ -60,7 +59,7 @@ class Trainer:
 
     schedule: a learning-rate scheduler, stepped once per step. averaging: evaluate and keep averaged weights. test: a declared
     split. evaluations: how often it is looked at. data_name: what the certificate calls the data. See `make_private` for the
-    others.
+    others. config: text for config.toml in the run directory.
 
     A run can be stopped at any moment and resumed; steps that a crash lost stay charged, and count among the plan's steps.
 
@@ -85,13 +84,19 @@ class Trainer:
         averaging: ExponentialAverage | None = None,
         evaluations: int = 10,
         data_name: str = "a data set given in Python",
+        config: str | None = None,
         resume: bool = False,
         quiet: bool = False,
     ) -> None:
         self.plan = plan.for_dataset(size_of(dataset))
+        check_private(model, optimizer, self.plan)
+        if isinstance(schedule, ReduceLROnPlateau):
+            raise PrivgradError(
+                "ReduceLROnPlateau follows a loss, which stays private; use a schedule that follows the step"
+            )
         self.run = Run(Path(directory))
         self.model, self.optimizer, self.schedule, self.test = model, optimizer, schedule, test
-        self._data_name, self._quiet = data_name, quiet
+        self._data_name, self._quiet, self._config = data_name, quiet, config
         self._every = max(1, self.plan.steps // max(1, evaluations))
         self._applied = 0
         self._average = None if averaging is None else AveragedWeights(model, averaging)
@@ -108,10 +113,14 @@ class Trainer:
             engine=engine,
             ledger=ledger,
         )
-        if resume and self.run.checkpoint.exists():
-            self._restore()
-        else:
-            self._save()
+        try:
+            if resume and self.run.checkpoint.exists():
+                self._restore()
+            else:
+                self._save()
+        except BaseException:
+            ledger.close()
+            raise
 
     def fit(self) -> Result:
         """Run the steps that are left, then write model and certificate.
@@ -125,20 +134,22 @@ class Trainer:
         try:
             with _stop_requests() as stop:
                 self._loop(bar, stop)
+            self._save()
+            if self._average is not None:
+                self._average.copy_to_model()
+            self.private.finalize()
+            return self._finish()
         finally:
             bar.stop()
-        self._save()
-        if self._average is not None:
-            self._average.copy_to_model()
-        self.private.finalize()
-        return self._finish()
+            ledger.close()
+            if ledger.count == 0:
+                self.run.ledger.unlink(missing_ok=True)  # refused before its first step: the directory is free again
 
     def _loop(self, bar: ProgressDisplay, stop: threading.Event) -> None:
         ledger = self.private.ledger
         notes = ""
         saved = time.monotonic()
         cost = 0.0
-        self.model.train()
         for batch in self.private.batches():
             self.private.step(batch)
             self._applied += 1
@@ -162,6 +173,11 @@ class Trainer:
 
     def _measure(self) -> str:
         """One line of metrics.jsonl; the same in words for the display."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise PrivgradError(
+                f"the weights are not finite any more after step {self.private.ledger.count}; the learning rate is too high for "
+                "this model and noise. The steps so far stay charged"
+            )
         epsilon = self.private.ledger.record.spent(Precision.COARSE)
         entry: dict[str, Any] = {
             "step": self.private.ledger.count,
@@ -183,7 +199,9 @@ class Trainer:
             return Ledger.resume(self.run.ledger, terms)
         self.run.create()
         # The plan first: a directory with a ledger always says which plan it is of.
-        write_atomically(self.run.plan, json.dumps(self.plan.to_json(), indent=2) + "\n")
+        if self._config is not None:
+            write_atomically(self.run.config, self._config)
+        write_atomically(self.run.plan, plan_text(self.plan.to_json()))
         return Ledger(terms, self.run.ledger)
 
     def _save(self) -> None:
@@ -204,34 +222,34 @@ class Trainer:
 
     def _restore(self) -> None:
         saved = load_tree(self.run.checkpoint)
-        self.run.check_tail(saved["ledger"])
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.schedule is not None and saved["schedule"] is not None:
-            self.schedule.load_state_dict(saved["schedule"])
-        device = next(self.model.parameters()).device
-        self.private.runner.states = {
-            name: {key: value.to(device) for key, value in state.items()} for name, state in saved["stages"].items()
-        }
-        torch.set_rng_state(saved["random"])
-        self._applied = saved["applied"]
-        if self._average is not None and saved["average"] is not None:
-            self._average.restore(saved["average"])
+        try:
+            self.run.check_tail(saved["ledger"])
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.schedule is not None and saved["schedule"] is not None:
+                self.schedule.load_state_dict(saved["schedule"])
+            device = next(self.model.parameters()).device
+            self.private.runner.states = {
+                name: {key: value.to(device) for key, value in state.items()} for name, state in saved["stages"].items()
+            }
+            torch.set_rng_state(saved["random"])
+            self._applied = int(saved["applied"])
+            if self._average is not None and saved["average"] is not None:
+                self._average.restore(saved["average"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise PrivgradError(
+                f"{self.run.checkpoint} does not fit this model and optimizer, or is damaged: {str(error).splitlines()[0]}; "
+                "resume with the ones that started the run"
+            ) from error
 
     def _finish(self) -> Result:
         record = self.private.ledger.record
         save_weights(self.run.model, dict(self.model.state_dict()))
         reached = None if self.test is None else accuracy(self.model, self.test)
-        noise = self.plan.noise
-        multiplier = float(noise.multiplier or 0.0)
+        facts = self.plan.facts()
         certificate = make_certificate(
             record,
-            plan=self.plan.to_json(),
-            words=self.plan.words,
-            unit=self.plan.protects.words,
-            noise_multiplier=multiplier,
-            seeded=noise.insecure_seed is not None,
-            steps_planned=self.plan.steps,
+            facts,
             steps_applied=self._applied,
             data=self._data_name,
             model_digest=file_digest(self.run.model),
@@ -240,10 +258,12 @@ class Trainer:
             else Evaluation(self.test.name, self.test.declared, {"test_accuracy": reached}),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
-        write_atomically(self.run.certificate, json.dumps(certificate, indent=2, allow_nan=False) + "\n")
+        write_atomically(self.run.certificate, certificate_text(certificate))
         write_atomically(self.run.markdown, to_markdown(certificate))
         write_atomically(self.run.page, to_html(certificate))
-        return Result(record.spent(), self.plan.delta, record.count, multiplier, reached, self.run.directory)
+        return Result(
+            record.spent(), self.plan.delta, record.count, facts.noise_multiplier, reached, self.run.directory
+        )
 
 
 @contextmanager
