@@ -304,11 +304,18 @@ def test_the_same_kind_drops_nothing() -> None:
     assert given == {"plan": {"clipping": {"kind": "flat", "max_norm": 2.0}}}
 
 
-def test_dropped_keys_are_told_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_keys_are_told_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one kind of clipping so far, so the other one is made here; what is refused later says one line only."""
+    monkeypatch.setitem(KINDS["clipping"], "other", type("Other", (FlatClipping,), {}))
     path = written(tmp_path / "config.toml", "[plan.clipping]\nkind = 'flat'\nmax_norm = 2.0")
-    assert privgrad(["train", str(path), "--set", "plan.clipping.kind=layerwise"]) == 2
+    assert privgrad(["train", str(path), "--set", "plan.clipping.kind=other", "--set", "run.device=abacus"]) == 2
     note, refusal = capsys.readouterr().err.splitlines()
     assert "dropped the other kind's max_norm" in note
+    assert "run.device" in refusal
+    assert privgrad(["train", str(path), "--set", "plan.clipping.kind=layerwise"]) == 2
+    (refusal,) = capsys.readouterr().err.splitlines()
     assert "plan.clipping.kind is 'layerwise'" in refusal
 
 

@@ -281,9 +281,7 @@ def test_a_batch_cannot_be_skipped_by_asking_for_batches_again() -> None:
 def test_step_takes_nothing_but_sampled_batches(thing: object) -> None:
     running = private()
     for use in (running.step, running.backward):
-        with pytest.raises(
-            pg.PrivgradError, match=rf"{type(thing).__name__}; it takes the batches of private\.batches"
-        ):
+        with pytest.raises(pg.PrivgradError, match=rf"{type(thing).__name__}; it takes the one that private\.batches"):
             use(thing)  # type: ignore[arg-type]
     assert running.ledger.count == 0
 
@@ -419,13 +417,15 @@ def test_frozen_parameters_are_untouched_and_have_no_grad() -> None:
         torch.testing.assert_close(model.state_dict()[name], before[name] - 0.1 * update)
 
 
-def test_a_parameter_unfrozen_later_stays_untouched() -> None:
+def test_a_parameter_unfrozen_later_is_refused_and_stays_untouched() -> None:
     model = network()
     model[0].requires_grad_(False)
     running = private(model)
     before = copy_of(model)
     model[0].requires_grad_(True)
-    train(running)
+    with pytest.raises(pg.PrivgradError, match="fixed when training starts"):
+        train(running)
+    assert running.ledger.count == 0
     assert torch.equal(model.state_dict()["0.weight"], before["0.weight"])
     assert model[0].weight.grad is None
 

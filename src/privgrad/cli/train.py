@@ -48,16 +48,15 @@ def train(
     for (section, key), value in options.items():
         if value is not None:
             section_of(given, section)[key] = value
-    for setting in settings or []:
-        note = assign(given, setting)
-        if note:
-            print(f"privgrad: {note}", file=sys.stderr)
+    notes = [assign(given, setting) for setting in settings or []]
     if resume:
         if out is None:
             raise PrivgradError("--resume needs the run directory; give it as --out RUN")
         complete_config = _resumed_config(Run(out), given)
     else:
         complete_config = complete(given)
+    for note in filter(None, notes):
+        print(f"privgrad: {note}", file=sys.stderr)
     result = run_training(complete_config, out, resume=resume)
     if json:
         print_json(

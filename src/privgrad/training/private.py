@@ -88,12 +88,12 @@ class Private:
         for batch in sampled_batches(
             self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin
         ):
-            self._pending = batch
-            yield batch
-            if not batch.used:
+            if self._pending is not None and not self._pending.used:
                 raise PrivgradError(
                     "a sampled batch was skipped; pass every batch to step() or backward(), also empty ones"
                 )
+            self._pending = batch
+            yield batch
 
     def step(self, batch: SampledBatch) -> None:
         """One private step: clip, sum, charge, noise, and move the weights by the optimizer (or by mixing)."""
@@ -126,7 +126,7 @@ class Private:
         return Spent(record.spent(precision), self.plan.delta, record.count, self.plan.steps)
 
     def _release(self, batch: SampledBatch) -> Release:
-        if batch is not self._pending:
+        if batch is None or batch is not self._pending:
             raise PrivgradError(
                 f"step() got {_described(batch)}; it takes the one that private.batches() gave last, whose sampling is accounted"
             )
