@@ -185,9 +185,26 @@ def test_epsilon_refuses_numbers_that_make_no_sense(arguments: list[str], says: 
     assert says in refusal("epsilon", *arguments)
 
 
-@pytest.mark.parametrize(("rate", "noise"), [("0.01", "1e-300"), ("0.01", "1e300"), ("1e-300", "1")])
-def test_epsilon_of_extreme_numbers_is_a_number_or_a_refusal(rate: str, noise: str) -> None:
-    assert say("epsilon", "--sampling-rate", rate, "--noise-multiplier", noise, "--steps", "10").code in (0, 2)
+@pytest.mark.parametrize(
+    ("rate", "noise"),
+    [
+        ("0.01", "1e-300"),
+        pytest.param(
+            *("0.01", "1e300"),
+            marks=pytest.mark.xfail(
+                strict=True, raises=AssertionError, reason="get_epsilon runs outside _quiet: 40 warnings of absl"
+            ),
+        ),
+        ("1e-300", "1"),
+    ],
+)
+def test_epsilon_of_extreme_numbers_is_a_number_or_a_refusal_and_nothing_else(
+    caplog: pytest.LogCaptureFixture, rate: str, noise: str
+) -> None:
+    said = say("epsilon", "--sampling-rate", rate, "--noise-multiplier", noise, "--steps", "1")
+    assert said.code in (0, 2)
+    assert len(said.out.splitlines() + said.err.splitlines()) == 1
+    assert caplog.records == []
 
 
 def test_epsilon_of_a_configuration_that_names_the_size_reads_no_data(

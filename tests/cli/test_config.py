@@ -25,6 +25,7 @@ from privgrad.cli.config import (
 )
 from privgrad.data.source import load
 from privgrad.errors import PrivgradError
+from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.plan import KINDS
 from privgrad.nn.models import build_model
 from privgrad.training.averaging import ExponentialAverage

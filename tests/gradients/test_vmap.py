@@ -108,6 +108,20 @@ def test_agrees_with_a_loop(name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(sink.views[parameter], expected, **tolerance)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_flat_clipping_takes_the_norm_over_all_tensors_together(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model = make()
+    batch = (torch.randn(7, *shape), torch.randint(3, (7,)))
+    flat = torch.cat([gradient.flatten(1) for gradient in loop_gradients(model, cross_entropy, batch).values()], dim=1)
+    norms = flat.norm(dim=1, keepdim=True)
+    limit = float(norms.median())
+    plan = full_batch_plan(7, clipping=pg.FlatClipping(max_norm=limit))
+    sums = runner(plan, model, cross_entropy).clipped_sum(*rows(*batch))
+    torch.testing.assert_close(sums.flat, (flat * (limit / norms).clamp(max=1)).sum(0), rtol=1e-5, atol=1e-6)
+
+
 def test_tied_weights_count_once_with_their_whole_gradient() -> None:
     model = Tied()
     assert [name for name in trainable(model) if "weight" in name] == ["one.weight", "head.weight"]

@@ -102,7 +102,7 @@ MUTANTS = (
         "mechanism/clipping.py",
         "(thresholds / norms).clamp_(max=1.0)",
         "torch.ones_like(norms)",
-        (AUDIT,),
+        (f"{AUDIT}::test_audit_is_below_the_claim_and_tight",),
     ),
     Mutant(
         "small gradients are blown up",

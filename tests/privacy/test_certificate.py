@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privgrad.errors import PrivgradError
@@ -99,32 +99,28 @@ def test_the_claim_is_the_exact_epsilon_rounded_up_to_two_digits(name):
 
 
 @PURE
-@given(st.floats(1e-6, 1e5))
+@given(st.floats(0.0, 1e12))
+@example(math.nextafter(21.06, math.inf))
+@example(0.01)
 def test_rounding_goes_up_by_less_than_a_hundredth(epsilon):
-    """To a part in 10^12 of epsilon (see the next test)."""
-    rounded, slack = Fraction(rounded_epsilon({"epsilon": epsilon})), Fraction(epsilon) / 10**12
-    assert Fraction(epsilon) - slack <= rounded <= Fraction(epsilon) + Fraction(1, 100) + slack
+    """To the last bit, also where epsilon * 100 as a float would round downwards; the float 0.01 is above 1/100: 0.02."""
+    rounded = Fraction(rounded_epsilon({"epsilon": epsilon}))
+    assert Fraction(epsilon) <= rounded < Fraction(epsilon) + Fraction(1, 100)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 0.01, 0.5, 3.0, 8.25, 100.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0, 8.25, 100.0])
 def test_what_has_two_digits_stays_as_it_is(epsilon):
     assert float(rounded_epsilon({"epsilon": epsilon})) == epsilon
 
 
-def test_rounding_goes_up_also_for_the_float_next_to_two_digits():
-    just_above = math.nextafter(21.06, math.inf)
-    assert Fraction(rounded_epsilon({"epsilon": just_above})) >= Fraction(just_above)
-
-
 @pytest.mark.parametrize(
     "delta",
-    [1e-5, 1 / 60_000, 1 / 30_000, 0.5, 1.2345644e-7, 1e-12, *[pytest.param(d) for d in (3e-21, 1e-25)]],
+    [1e-5, 1 / 60_000, 1 / 30_000, 0.5, 1.2345644e-7, 1e-12, 9e-13, 3e-21, 1e-25],
 )
 def test_the_claimed_delta_is_not_below_the_proven_one(delta):
-    """To the last digit of a float."""
     said = re.search(r"delta = (\d+(?:\.\d*)?(?:e-\d+)?),", statement(certificate_of(delta=delta)))
     assert said is not None
-    assert delta * (1 - 1e-15) <= float(said[1]) <= delta * 1.01
+    assert delta <= float(said[1]) <= delta * 1.01
 
 
 @PURE
