@@ -2,9 +2,16 @@
 # $1: the extra to install ("" or "[test]"). Only Python 3.11 or later is needed before.
 set -eu
 cd "$(dirname "$0")"
-python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "privgrad needs Python 3.11 or later on the PATH" >&2
+python=""
+for candidate in python3 python3.13 python3.12 python3.11; do
+    # Asked, not only looked for: a name on the PATH may be a version manager's stand-in for a version that is not there.
+    if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "privgrad needs Python 3.11 or later, with its venv module, on the PATH" >&2
     exit 2
 fi
 wanted="$(cat pyproject.toml constraints.txt | cksum) ${1:-}"

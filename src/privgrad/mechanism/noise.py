@@ -77,4 +77,4 @@ class GaussianNoise(Stage):
             if self.insecure_seed is None
             else "a seeded generator: THE GUARANTEE HOLDS ONLY WHILE THE SEED STAYS SECRET"
         )
-        return f"Gaussian noise, {self.multiplier or 0:.6g} times what one {{unit}} can change, drawn from {generator}"
+        return f"Gaussian noise, {self.multiplier or 0:.4g} times what one {{unit}} can change, drawn from {generator}"

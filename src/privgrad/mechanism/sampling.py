@@ -97,4 +97,4 @@ class PoissonSampling(Stage):
     def words(self) -> str:
         if self.probability == 1:
             return "every record takes part in every step"
-        return f"Poisson: each record takes part in each step by an independent coin with probability {self.probability:.6g}"
+        return f"Poisson: each record takes part in each step by an independent coin with probability {self.probability:.4g}"

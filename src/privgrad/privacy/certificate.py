@@ -184,8 +184,7 @@ def meaning(certificate: Mapping[str, Any]) -> str:
     return (
         f"Suppose that a coin decided {coin}, and that an attacker knows all other records, this method and every version of "
         "the model. Guessing how the coin fell, blindly, is right 50 times in 100. With the model it is right at most "
-        f"{success_of_100(certificate)} times in 100. That is the limit for an ideal attacker; attacks that are known today "
-        "stay well below it."
+        f"{success_of_100(certificate)} times in 100. That is the limit for an ideal attacker, whatever is learned in the future."
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Mapping
 from string import Template
 from typing import Any
 
-from privgrad.privacy.certificate import meaning, rounded_epsilon, shown, statement, success_of_100
+from privgrad.privacy.certificate import meaning, plain_delta, rounded_epsilon, shown, statement, success_of_100
 
 _BLIND = 50
 """How often in 100 guesses a blind coin is right."""
@@ -113,7 +114,7 @@ def to_html(certificate: Mapping[str, Any]) -> str:
 
 def _certificate(c: Mapping[str, Any]) -> list[str]:
     return [
-        _header("Privacy certificate", _text(statement(c), whole=f"delta = {c['delta']:g}"), _seed_warning(c)),
+        _header("Privacy certificate", _text(statement(c), whole=f"delta = {plain_delta(c)}"), _seed_warning(c)),
         _section("The two figures", _figures(c)),
         _section("What it means", f'<div class="meaning">\n<p>{_text(meaning(c))}</p>\n{_picture(c)}\n</div>'),
         _section("What is protected", _facts(_protected(c))),
@@ -186,9 +187,9 @@ def _seed_warning(c: Mapping[str, Any]) -> str:
 def _figures(c: Mapping[str, Any]) -> str:
     limit = f"The limit on how much one {c['unit']} can change what comes out of the training"
     epsilon = f"{limit}. 0 would be not at all. Smaller is stronger."
-    chance = f"at most 1 in {round(1 / c['delta']):,}" if c["delta"] > 0 else "none"
-    delta = f"The chance that the limit of epsilon does not hold: {chance}. Smaller is stronger."
-    figures = (("epsilon", rounded_epsilon(c), epsilon), ("delta", f"{c['delta']:g}", delta))
+    share = f"1 in {math.floor(1 / c['delta']):,}"
+    delta = f"A small remainder that the limit of epsilon leaves open, here {share}. Smaller is stronger."
+    figures = (("epsilon", rounded_epsilon(c), epsilon), ("delta", plain_delta(c), delta))
     rows = "".join(
         f'<div><dt>{name}</dt><dd class="value">{_text(value)}</dd><dd>{_text(words)}</dd></div>\n'
         for name, value, words in figures
