@@ -103,9 +103,10 @@ def test_the_claim_is_the_exact_epsilon_rounded_up_to_two_digits(name):
 @example(math.nextafter(21.06, math.inf))
 @example(0.01)
 def test_rounding_goes_up_by_less_than_a_hundredth(epsilon):
-    """To the last bit, also where epsilon * 100 as a float would round downwards; the float 0.01 is above 1/100: 0.02."""
+    """From the shortest decimal form of the float, also where epsilon * 100 as a float would round downwards."""
     rounded = Fraction(rounded_epsilon({"epsilon": epsilon}))
-    assert Fraction(epsilon) <= rounded < Fraction(epsilon) + Fraction(1, 100)
+    exact = Fraction(repr(epsilon))
+    assert exact <= rounded < exact + Fraction(1, 100)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 3.0, 8.25, 100.0])

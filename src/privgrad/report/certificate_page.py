@@ -187,7 +187,7 @@ def _seed_warning(c: Mapping[str, Any]) -> str:
 def _figures(c: Mapping[str, Any]) -> str:
     limit = f"The limit on how much one {c['unit']} can change what comes out of the training"
     epsilon = f"{limit}. 0 would be not at all. Smaller is stronger."
-    share = f"1 in {math.floor(1 / c['delta']):,}"
+    share = f"1 in {math.floor(1 / c['delta'] + 1e-6):,}"
     delta = f"A small remainder that the limit of epsilon leaves open, here {share}. Smaller is stronger."
     figures = (("epsilon", rounded_epsilon(c), epsilon), ("delta", plain_delta(c), delta))
     rows = "".join(
