@@ -101,8 +101,10 @@ def sampled_batches(
     for drawn, data in loader:
         for leaf in pytree.tree_leaves(data):
             if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != drawn):
+                # Without its first dimension: the size of a sampled batch is private.
+                shape = ", ".join(["rows", *map(str, leaf.shape[1:])]) if leaf.dim() else ""
                 raise PrivgradError(
-                    f"the collated batch has a tensor of shape {tuple(leaf.shape)} for {drawn} records; expected the record "
-                    "as first dimension of every tensor, one row each"
+                    f"the collated batch has a tensor of shape [{shape}] with another number of rows than records were "
+                    "drawn; expected the record as first dimension of every tensor, one row each"
                 )
         yield SampledBatch(data, Fold.identity(drawn))
