@@ -1,5 +1,5 @@
 # Sourced by ./privgrad and ./test: a virtual environment in .venv, made or renewed when what it is made from changed.
-# $1: the extra to install ("" or "[test]"). Only Python 3.11 or later is needed before.
+# extra: "" or "[test]", set by the caller (a POSIX shell passes no arguments to a sourced file). Only Python 3.11 or later is needed before.
 set -eu
 cd "$(dirname "$0")"
 python=""
@@ -14,11 +14,11 @@ if [ -z "$python" ]; then
     echo "privgrad needs Python 3.11 or later, with its venv module, on the PATH" >&2
     exit 2
 fi
-wanted="$(cat pyproject.toml constraints.txt | cksum) ${1:-}"
+wanted="$(cat pyproject.toml constraints.txt | cksum) $extra"
 installed="$(cat .venv/installed 2>/dev/null || true)"
-if [ "$installed" != "$wanted" ] && [ "$installed" != "$wanted[test]" ]; then
+if [ "$installed" != "$wanted" ] && [ "$installed" != "${wanted}[test]" ]; then
     echo "setting up .venv (once; torch is a large download) ..." >&2
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${1:-}" >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".$extra" >&2
     echo "$wanted" > .venv/installed
 fi

@@ -195,13 +195,12 @@ def test_epsilon_refuses_numbers_that_make_no_sense(arguments: list[str], says: 
                 strict=True, raises=AssertionError, reason="get_epsilon runs outside _quiet: 40 warnings of absl"
             ),
         ),
-        ("1e-300", "1"),
     ],
 )
 def test_epsilon_of_extreme_numbers_is_a_number_or_a_refusal_and_nothing_else(
     caplog: pytest.LogCaptureFixture, rate: str, noise: str
 ) -> None:
-    said = say("epsilon", "--sampling-rate", rate, "--noise-multiplier", noise, "--steps", "1")
+    said = say("epsilon", "--sampling-rate", rate, "--noise-multiplier", noise, "--steps", "10")
     assert said.code in (0, 2)
     assert len(said.out.splitlines() + said.err.splitlines()) == 1
     assert caplog.records == []
