@@ -351,6 +351,17 @@ def test_sampling_follows_the_plans_rate() -> None:
     assert len(set(sizes)) > 1
 
 
+def test_no_seeded_sample_serves_two_steps() -> None:
+    """Steps are accounted for as independent draws."""
+    running = private(plan=plan(4, seed=1))
+    one, other = running.batches(), running.batches()
+    running.step(next(one))
+    running.step(next(other))
+    with pytest.raises(pg.PrivgradError, match="newer iterator"):
+        next(one)
+    assert running.ledger.count == 2
+
+
 # What a step does.
 
 

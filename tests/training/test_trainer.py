@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -180,6 +181,19 @@ def user_generator() -> Iterator[None]:
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_caught() -> Iterator[None]:
+    """A signal that a run does not take fails its test, and does not end the whole session."""
+
+    def untaken(number: int, frame: object) -> None:
+        raise AssertionError(f"signal {number} was not taken by the run")
+
+    before = {number: signal.signal(number, untaken) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # What a run leaves.
@@ -449,6 +463,35 @@ def test_a_run_can_be_resumed_while_its_first_trainer_still_lives(tmp_path: Path
         assert finished(tmp_path, resume=True).private.ledger.count == STEPS
     finally:
         end(first)
+
+
+def test_fitting_an_interrupted_trainer_again_says_to_resume(tmp_path: Path) -> None:
+    """As in a notebook, where the cell is run once more."""
+    trainer = build(tmp_path)
+    on_step(trainer, 2, interrupt)
+    with pytest.raises(InterruptedRunError):
+        trainer.fit()
+    with pytest.raises(pg.PrivgradError) as caught:
+        trainer.fit()
+    assert "disk" not in str(caught.value)
+    assert "resume" in str(caught.value)
+
+
+def test_a_step_that_failed_on_its_data_does_not_let_training_go_on(tmp_path: Path) -> None:
+    """Which steps fail may depend on the records in them: going on leaves such batches out, and nothing says so."""
+    running = build(tmp_path).private
+
+    def failing(model: nn.Module, batch: Any) -> Tensor:
+        raise CrashError
+
+    batches = running.batches()
+    running.runner.loss_fn = failing
+    with pytest.raises(CrashError):
+        running.step(next(batches))
+    running.runner.loss_fn = LOSS
+    with contextlib.suppress(pg.PrivgradError):
+        running.step(next(batches))
+        assert running.ledger.count == 2, "the failed step is charged, or training does not go on"
 
 
 # Crashes.

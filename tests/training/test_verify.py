@@ -344,6 +344,30 @@ def test_a_certificate_with_forged_words_fails(
     fails(finished, capsys)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(created="2000-01-01 00:00 UTC"),
+        lambda c: c.update(data="other data"),
+        lambda c: c["evaluation"]["metrics"].update(test_accuracy=0.999),
+        lambda c: c["software"].update(privgrad="9.9.9"),
+        lambda c: c["steps"].update(applied=1),
+    ],
+    ids=["created", "data", "accuracy", "software", "applied"],
+)
+def test_what_neither_ledger_nor_plan_knows_is_held_by_the_digest(
+    finished: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = finished / "certificate.json"
+    before = json.loads(path.read_text())["digest"]
+    forged(finished, change)
+    certificate = json.loads(path.read_text()) | {"digest": before}
+    path.write_text(json.dumps(certificate, indent=2) + "\n")
+    (finished / "certificate.md").write_text(to_markdown(certificate))
+    (finished / "certificate.html").write_text(to_html(certificate))
+    assert "certificate.json was changed" in fails(finished, capsys)
+
+
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-1", "0", "null", '"3"', "[]", "true", "1e999"])
 def test_an_epsilon_that_is_no_number_fails(finished: Path, capsys: pytest.CaptureFixture[str], constant: str) -> None:
     path = finished / "certificate.json"

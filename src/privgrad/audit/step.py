@@ -44,10 +44,14 @@ def linear_loss(model: nn.Module, batch: Tree) -> Tensor:
 
 @dataclass(frozen=True)
 class StepAudit:
-    """What an audit claims and finds. mu is that of one unsampled step; epsilon at the plan's delta, on the GDP curve."""
+    """What an audit claims and finds. mu is that of one unsampled step; epsilon at the plan's delta, on the GDP curve.
+
+    mu_lower: at `confidence`, for the assertion that it stays below the claim. mu_lower_95: at 95 %, for how tight the attack is.
+    """
 
     mu_claimed: float
     mu_lower: float
+    mu_lower_95: float
     epsilon_claimed: float
     epsilon_lower: float
     confidence: float
@@ -101,6 +105,7 @@ def audit_step(
             scores[world].append(float(update["weight"] @ direction) * forced.divisor)
     lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)
     claimed = claimed_mu(plan)
+    tight = mu_lower_bound(scores["inside"], scores["outside"], midpoint, 0.95)
     return StepAudit(
-        claimed, lower, gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta), confidence, trials
+        claimed, lower, tight, gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta), confidence, trials
     )

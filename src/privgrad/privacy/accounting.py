@@ -101,9 +101,9 @@ def _spread(atoms: Sequence[_Atom]) -> float:
     return math.sqrt(sum(atom.count * atom.rate**2 * math.expm1(min(1.0, atom.multiplier**-2)) for atom in atoms))
 
 
-def _rdp(event: DpEvent, relation: NeighboringRelation) -> RdpAccountant:
+def _rdp(event: DpEvent, delta: float, relation: NeighboringRelation) -> float:
     with _quiet():
-        return RdpAccountant(neighboring_relation=relation).compose(event)
+        return float(RdpAccountant(neighboring_relation=relation).compose(event).get_epsilon(delta))
 
 
 def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision: Precision) -> PLDAccountant | None:
@@ -112,7 +112,7 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
     None where the answer is beyond `_LARGEST_EPSILON`.
     """
     atoms = list(_atoms(event))
-    guide = float(_rdp(event, NeighboringRelation.ADD_OR_REMOVE_ONE).get_epsilon(delta))
+    guide = _rdp(event, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
     guide = max(guide, _spread(atoms))
     largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
@@ -157,7 +157,7 @@ def epsilon(
         return trivial
     event = _bounded(event)
     if accountant is Accountant.RDP:
-        found = float(_rdp(event, relation).get_epsilon(delta))
+        found = _rdp(event, delta, relation)
         if found > 0:
             return found
         # dp-accounting answers 0 where a divergence is lost in rounding. PLD, which rounds upwards, has the last word.

@@ -224,6 +224,8 @@ class Ledger:
 
     def charge(self, event: DpEvent) -> Receipt:
         """Write one step's event, flush it to the disk, and only then give the receipt that its release needs."""
+        if self._file is not None and self._file.closed:
+            raise PrivgradError("this run has ended and its ledger is closed; resume it to go on")
         if self._broken:
             raise PrivgradError("the ledger failed to write an earlier step; stop, mend the disk, and resume the run")
         content = {"step": self._count + 1, "event": event_to_json(event)}

@@ -30,6 +30,10 @@ class SampledBatch:
         """True after a step took the batch."""
         return self._used
 
+    def give_back(self) -> None:
+        """Nothing came of the step and nothing was charged: the batch is still to be used."""
+        self._used = False
+
     def take(self) -> tuple[Tree, Fold]:
         """The content, once."""
         if self._used:

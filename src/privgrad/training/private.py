@@ -64,6 +64,7 @@ class Private:
         self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
+        self._iterators = 0
 
     @property
     def plan(self) -> Plan:
@@ -81,6 +82,8 @@ class Private:
         Raises:
             PrivgradError: the caller skipped a batch. Leaving one out because of what is in it would not be accounted for.
         """
+        self._iterators += 1
+        current = self._iterators
         units = size_of(self._dataset)
         first = self.ledger.count + 1
         draws = (self.plan.sampling.draw(units, self._sampling.at(step)) for step in range(first, self.plan.steps + 1))
@@ -88,6 +91,8 @@ class Private:
         for batch in sampled_batches(
             self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin
         ):
+            if current != self._iterators:
+                raise PrivgradError("batches() was asked for again since; go on with the newer iterator")
             if self._pending is not None and not self._pending.used:
                 raise PrivgradError(
                     "a sampled batch was skipped; pass every batch to step() or backward(), also empty ones"
@@ -135,7 +140,14 @@ class Private:
         data = pytree.tree_map(
             lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, data
         )
-        return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
+        charged = self.ledger.count
+        try:
+            return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
+        except BaseException:
+            # Which steps fail may depend on the records in them: the batch must be tried again, or the training ends.
+            if self.ledger.count == charged:
+                batch.give_back()
+            raise
 
     def _fill(self, release: Release) -> None:
         update: Mapping[str, Tensor] = release.update or {}
