@@ -8,7 +8,13 @@ from privgrad.errors import PrivgradError, RefusedError, VerificationError
 from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.mechanism.sampling import (
+    FixedSizeSampling,
+    FullBatch,
+    PoissonSampling,
+    ShuffledBatches,
+    TruncatedPoissonSampling,
+)
 from privgrad.privacy.adjacency import Adjacency, Example
 from privgrad.privacy.events import Accountant
 from privgrad.training.evaluation import DeclaredSplit
@@ -21,7 +27,9 @@ __all__ = [
     "Adjacency",
     "DeclaredSplit",
     "Example",
+    "FixedSizeSampling",
     "FlatClipping",
+    "FullBatch",
     "GaussianNoise",
     "Plan",
     "PoissonSampling",
@@ -29,8 +37,10 @@ __all__ = [
     "PrivgradError",
     "RefusedError",
     "Result",
+    "ShuffledBatches",
     "Spent",
     "Trainer",
+    "TruncatedPoissonSampling",
     "VerificationError",
     "dp_sgd",
     "make_private",

@@ -47,7 +47,7 @@ def dp_sgd(
     sampling = PoissonSampling(expected_batch_size=batch_size, dataset_size=size_of(dataset))
     if epochs is not None:
         check_number("epochs", epochs, above=0)
-        steps = max(1, round(epochs / sampling.probability))
+        steps = sampling.steps_in(epochs)
     assert steps is not None
     plan = Plan(
         sampling=sampling,

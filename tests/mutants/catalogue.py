@@ -171,15 +171,15 @@ MUTANTS = (
     Mutant(
         "Poisson replace_one without the engine's doubling",
         "privacy/events.py",
-        "(Sampler.POISSON, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_ONE,",
-        "(Sampler.POISSON, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_SPECIAL,",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_PLD,)),",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_SPECIAL, (_PLD,)),",
         (TABLE,),
     ),
     Mutant(
         "RDP for Poisson replace_one is not refused",
         "privacy/events.py",
-        "if (sampler, adjacency, accountant) == (Sampler.POISSON, Adjacency.REPLACE_ONE, Accountant.RDP):",
-        "if False:",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_PLD,)),",
+        "(Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_PLD, _RDP)),",
         (TABLE,),
     ),
     Mutant(
@@ -193,24 +193,66 @@ MUTANTS = (
     Mutant(
         "full batches accounted as Poisson",
         "mechanism/sampling.py",
-        "return source.coins(units, self.probability).nonzero().flatten()",
-        "return source.coins(units, 1.0).nonzero().flatten()",
+        "        return source.coins(units, self.probability).nonzero().flatten()",
+        "        return source.coins(units, 1.0).nonzero().flatten()",
         (SAMPLING,),
     ),
     Mutant(
         "fixed-size batches accounted as Poisson",
         "mechanism/sampling.py",
-        "return source.coins(units, self.probability).nonzero().flatten()",
-        "return source.normal_(__import__('torch').empty(units)).argsort()[: round(units * self.probability)].sort().values",
+        "        return source.coins(units, self.probability).nonzero().flatten()",
+        "        return torch.randperm(units)[: round(units * self.probability)].sort().values",
         (SAMPLING,),
     ),
     Mutant(
         "the same sample in every step",
         "mechanism/sampling.py",
-        "return source.coins(units, self.probability).nonzero().flatten()",
-        "import torch\n        return (torch.rand(units, generator=torch.Generator().manual_seed(1)) < self.probability)"
+        "        return source.coins(units, self.probability).nonzero().flatten()",
+        "        return (torch.rand(units, generator=torch.Generator().manual_seed(1)) < self.probability)"
         ".nonzero().flatten()",
         (SAMPLING,),
+    ),
+    Mutant(
+        "fixed size is accounted at half the distance",
+        "privacy/events.py",
+        "gaussian = dp_accounting.GaussianDpEvent(doubled)",
+        "gaussian = dp_accounting.GaussianDpEvent(multiplier)",
+        (TABLE,),
+    ),
+    Mutant(
+        "a truncated sample is accounted as plain Poisson",
+        "privacy/events.py",
+        "                sampled.dataset_size, sampled.rate, sampled.batch_size, multiplier\n",
+        "                1, sampled.rate, 1, multiplier\n",
+        (TABLE,),
+    ),
+    Mutant(
+        "a truncated batch keeps its first records",
+        "mechanism/sampling.py",
+        "drawn[_permutation(len(drawn), source)[: self.max_batch_size]]",
+        "drawn[: self.max_batch_size]",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "a shuffled run is charged once",
+        "mechanism/sampling.py",
+        "return -(-steps // self.steps_per_epoch)",
+        "return min(1, steps)",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "a resumed epoch is shuffled anew",
+        "mechanism/sampling.py",
+        "order = torch.randperm(units, generator=generator)",
+        "order = torch.randperm(units)",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "steps without a cost are read from any ledger",
+        "privacy/ledger.py",
+        "(terms.sampler is not Sampler.SHUFFLED or step == 1)",
+        "False",
+        (LEDGER,),
     ),
     Mutant(
         "the size of the data set under add_remove",
@@ -258,8 +300,8 @@ MUTANTS = (
     Mutant(
         "steps are counted once",
         "privacy/events.py",
-        "dp_accounting.SelfComposedDpEvent(event, count) for",
-        "dp_accounting.SelfComposedDpEvent(event, 1) for",
+        "[dp_accounting.SelfComposedDpEvent(event, count) for event",
+        "[dp_accounting.SelfComposedDpEvent(event, 1) for event",
         (ACCOUNTING,),
     ),
     Mutant(

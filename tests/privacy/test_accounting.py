@@ -16,10 +16,20 @@ from privgrad.errors import PrivgradError
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import Precision, attack_success, epsilon
 from privgrad.privacy.adjacency import Adjacency
-from privgrad.privacy.events import _SERIALISED, Accountant, Sampler, compose, event_to_json, relation, step_event
+from privgrad.privacy.events import (
+    _SERIALISED,
+    Accountant,
+    Sampled,
+    Sampler,
+    compose,
+    event_to_json,
+    relation,
+    step_event,
+)
 
 ZERO_OUT = NeighboringRelation.REPLACE_SPECIAL
-FEW = settings(max_examples=5, deadline=None, derandomize=True, database=None)
+PURE = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=4, deadline=None, derandomize=True, database=None)
 
 
 def spent(
@@ -34,7 +44,7 @@ def spent(
 ) -> float:
     """The epsilon of `steps` steps, through the table, as a plan asks for it."""
     sampler = Sampler.FULL_BATCH if rate == 1 else Sampler.POISSON
-    event = step_event(sampler, adjacency, accountant, multiplier=multiplier, rate=rate)
+    event = step_event(Sampled(sampler, rate), adjacency, accountant, multiplier=multiplier)
     return epsilon(compose({event: steps}), delta, relation(sampler, adjacency, accountant), accountant, precision)
 
 
@@ -125,21 +135,29 @@ def test_pld_is_never_looser_than_rdp(rate, multiplier, steps):
 ONE_OF_EACH_KIND: dict[str, DpEvent] = {
     "gaussian": dp_accounting.GaussianDpEvent(4.0),
     "poisson_sampled": dp_accounting.PoissonSampledDpEvent(0.5, dp_accounting.GaussianDpEvent(2.0)),
+    "truncated_poisson_gaussian": dp_accounting.TruncatedSubsampledGaussianDpEvent(20, 0.5, 12, 4.0),
+    "sampled_without_replacement": dp_accounting.SampledWithoutReplacementDpEvent(
+        20, 4, dp_accounting.GaussianDpEvent(2.0)
+    ),
 }
 
 
 def test_every_event_kind_of_the_ledger_is_composed_below():
     """A new kind of event needs a line in ONE_OF_EACH_KIND, and with it the composition test."""
-    assert set(ONE_OF_EACH_KIND) == set(_SERIALISED) - {"non_private"}
+    assert set(ONE_OF_EACH_KIND) == set(_SERIALISED) - {"non_private", "no_op"}
     for kind, event in ONE_OF_EACH_KIND.items():
         assert event_to_json(event)["kind"] == kind
 
 
-@pytest.mark.parametrize(
-    ("rules", "accountant"),
-    [(ZERO_OUT, Accountant.PLD), (ZERO_OUT, Accountant.RDP), (NeighboringRelation.REPLACE_ONE, Accountant.PLD)],
-)
-@pytest.mark.parametrize("kind", list(ONE_OF_EACH_KIND))
+COMPOSED = [
+    *[(kind, ZERO_OUT, accountant) for kind in ("gaussian", "poisson_sampled") for accountant in Accountant],
+    *[(kind, NeighboringRelation.REPLACE_ONE, Accountant.PLD) for kind in ("gaussian", "poisson_sampled")],
+    ("truncated_poisson_gaussian", ZERO_OUT, Accountant.PLD),
+    ("sampled_without_replacement", NeighboringRelation.REPLACE_ONE, Accountant.RDP),
+]
+
+
+@pytest.mark.parametrize(("kind", "rules", "accountant"), COMPOSED)
 def test_composing_an_event_n_times_equals_composing_it_once_with_count_n(kind, rules, accountant):
     """dp-accounting's PLDAccountant is known to ignore the count of RandomizedResponseDpEvent; ours must not be like it."""
     event = ONE_OF_EACH_KIND[kind]
@@ -189,6 +207,12 @@ def test_no_steps_cost_nothing(multiplier, accountant):
     assert spent(0.1, multiplier, 0, accountant=accountant) == 0.0
     assert epsilon(compose({}), 1e-5, ZERO_OUT, accountant) == 0.0
     assert attack_success(compose({}), 1e-5, ZERO_OUT, accountant) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_nothing_composed_with_nothing_costs_nothing():
+    nothing = ComposedDpEvent((dp_accounting.NoOpDpEvent(), dp_accounting.NoOpDpEvent()))
+    assert epsilon(nothing, 1e-5, ZERO_OUT, Accountant.RDP) == 0.0
+    assert epsilon(nothing, 1e-5, ZERO_OUT, Accountant.PLD) == 0.0
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, 2.0, math.nan, math.inf, -math.inf, True, "1e-5", None])
@@ -290,12 +314,22 @@ def test_attack_success_of_one_gaussian_is_its_closed_form(multiplier, log_delta
 @given(rate=st.floats(0.005, 0.5), multiplier=st.floats(0.5, 20.0), steps=st.integers(1, 1_000))
 def test_attack_success_lies_between_a_coin_and_certainty_and_follows_epsilon(accountant, rate, multiplier, steps):
     event = compose(
-        {step_event(Sampler.POISSON, Adjacency.ZERO_OUT, accountant, multiplier=multiplier, rate=rate): steps}
+        {step_event(Sampled(Sampler.POISSON, rate), Adjacency.ZERO_OUT, accountant, multiplier=multiplier): steps}
     )
     got = attack_success(event, 1e-5, ZERO_OUT, accountant, Precision.COARSE)
     proven = epsilon(event, 1e-5, ZERO_OUT, accountant, Precision.COARSE)
     assert 0.5 <= got <= 1
     assert got <= (math.tanh(proven / 2) + 1e-5 + 1) / 2 + 1e-9
+
+
+@PURE
+@given(multiplier=st.floats(0.5, 200.0), log_delta=st.floats(-8, -2))
+def test_attack_success_by_rdp_is_the_best_test_that_epsilon_and_delta_allow(multiplier, log_delta):
+    """False alarms a and misses b keep a + e^eps b >= 1 - delta, both ways round: (e^eps + delta) / (e^eps + 1) are right."""
+    event, delta = dp_accounting.GaussianDpEvent(multiplier), 10**log_delta
+    e = math.exp(min(epsilon(event, delta, ZERO_OUT, Accountant.RDP), 700))
+    got = attack_success(event, delta, ZERO_OUT, Accountant.RDP)
+    assert got == pytest.approx((e + delta) / (e + 1), rel=1e-9)
 
 
 def test_attack_success_grows_with_the_steps():

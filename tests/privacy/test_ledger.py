@@ -269,6 +269,25 @@ def test_the_hand_made_ledger_is_good_before_it_is_spoilt(tmp_path):
     assert dict(read_ledger(path).events) == {STEP: 1, OTHER: 1}
 
 
+GOOD_TRUNCATED = {
+    "kind": "truncated_poisson_gaussian",
+    "dataset_size": 10,
+    "sampling_probability": 0.5,
+    "truncated_batch_size": 4,
+    "noise_multiplier": 1.0,
+}
+GOOD_FIXED = {
+    "kind": "sampled_without_replacement",
+    "source_dataset_size": 10,
+    "sample_size": 4,
+    "event": GOOD_GAUSSIAN,
+}
+
+
+def test_the_good_ones_are_read():
+    assert all(event_to_json(event_from_json(event)) == event for event in (GOOD_TRUNCATED, GOOD_FIXED, GOOD_EVENT))
+
+
 BAD_EVENTS = [
     None,
     "gaussian",
@@ -278,7 +297,7 @@ BAD_EVENTS = [
     {"kind": None, "noise_multiplier": 1.0},
     {"kind": ["gaussian"], "noise_multiplier": 1.0},
     {"kind": "gauss", "noise_multiplier": 1.0},
-    {"kind": "no_op"},
+    {"kind": "no_op", "noise_multiplier": 1.0},
     {"kind": "laplace", "noise_multiplier": 1.0},
     {"kind": "self_composed", "event": GOOD_GAUSSIAN, "count": 0},
     {"kind": "composed", "events": []},
@@ -293,6 +312,20 @@ BAD_EVENTS = [
     *[{**GOOD_GAUSSIAN, "noise_multiplier": bad} for bad in (0, 0.0, -1.0, True, None, "1.0", [1.0])],
     *[{**GOOD_EVENT, "event": {"kind": "gaussian", "noise_multiplier": bad}} for bad in (0, -2.0, "2.0")],
     *[{**GOOD_EVENT, "sampling_probability": bad} for bad in (0, 0.0, -0.1, 1.0000001, 2, True, "0.1", None)],
+    *[
+        {**GOOD_TRUNCATED, key: bad}
+        for key in ("dataset_size", "truncated_batch_size")
+        for bad in (0, -1, 4.0, True, "4", None)
+    ],
+    *[{**GOOD_TRUNCATED, "sampling_probability": bad} for bad in (0, 1.5)],
+    {key: value for key, value in GOOD_TRUNCATED.items() if key != "noise_multiplier"},
+    *[
+        {**GOOD_FIXED, key: bad}
+        for key in ("source_dataset_size", "sample_size")
+        for bad in (0, -1, 4.0, True, "4", None)
+    ],
+    {**GOOD_FIXED, "sample_size": 11},
+    {**GOOD_FIXED, "event": GOOD_EVENT},
 ]
 
 
@@ -387,9 +420,63 @@ def test_first_lines_without_terms_are_refused_on_a_right_chain(tmp_path, key, v
             read_ledger(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"note": "surplus"},
+        {"plan": 5},
+        {"format": True},
+        {"step": 0, "event": GOOD_EVENT, "format": 2},
+    ],
+    ids=repr,
+)
+def test_first_lines_with_more_or_other_things_in_them_are_refused(tmp_path, change):
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(chained({**TERMS.to_json(), **change}, {"step": 1, "event": GOOD_EVENT}))
+    with pytest.raises(VerificationError):
+        read_ledger(path)
+
+
+def test_nesting_of_any_depth_is_refused_in_words(tmp_path):
+    """Up to what json itself can write from here: the stack must not run out anywhere between."""
+    path, nested, depths = tmp_path / "ledger.jsonl", 1.0, 0
+    for depth in range(2_000):
+        nested = [nested]
+        if depth % 29:
+            continue
+        try:
+            raw = chained(TERMS.to_json(), {"step": 1, "event": {"kind": "gaussian", "noise_multiplier": nested}})
+        except RecursionError:
+            break
+        path.write_bytes(raw)
+        with pytest.raises(VerificationError):
+            read_ledger(path)
+        depths += 1
+    assert depths > 10
+
+
 def test_every_kind_of_event_has_its_bad_examples():
     """A new kind of event needs its lines in BAD_EVENTS."""
-    assert set(_SERIALISED) == {"gaussian", "poisson_sampled", "non_private"}
+    assert set(_SERIALISED) == {
+        "gaussian",
+        "poisson_sampled",
+        "truncated_poisson_gaussian",
+        "sampled_without_replacement",
+        "non_private",
+        "no_op",
+    }
+
+
+def test_steps_without_a_cost_are_a_shuffled_epochs_later_ones(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    shuffled = dataclasses.replace(TERMS, sampler=Sampler.SHUFFLED).to_json()
+    free, paid = {"kind": "no_op"}, GOOD_GAUSSIAN
+    path.write_bytes(chained(shuffled, {"step": 1, "event": paid}, {"step": 2, "event": free}))
+    assert read_ledger(path).count == 2
+    for terms, events in ((shuffled, [free, paid]), (TERMS.to_json(), [paid, free])):
+        path.write_bytes(chained(terms, *({"step": step, "event": event} for step, event in enumerate(events, 1))))
+        with pytest.raises(VerificationError, match="charges nothing"):
+            read_ledger(path)
 
 
 # Stops, crashes and full disks
@@ -572,8 +659,7 @@ def test_after_a_write_that_fails_in_its_middle_nothing_is_charged_until_resume(
         ledger.charge(STEP)
     ledger.close()
     resumed = Ledger.resume(path, TERMS)
-    assert resumed.count in (1, 2)  # closing may have flushed the rest of the line; then it counts
-    assert resumed.charge(OTHER).step == resumed.count
+    assert resumed.charge(OTHER).step == resumed.count == 2
     resumed.close()
     assert read_ledger(path).events[OTHER] == 1
 
@@ -594,6 +680,26 @@ def test_after_an_interrupt_in_the_flush_the_chain_stays_whole(tmp_path, monkeyp
 
     with monkeypatch.context() as broken:
         broken.setattr(ledger_module.os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.charge(STEP)
+    with suppress(PrivgradError):
+        ledger.charge(STEP)
+    ledger.close()
+    assert read_ledger(path).count >= 1
+
+
+def test_after_an_interrupt_just_behind_the_flush_the_chain_stays_whole(tmp_path, monkeypatch):
+    """A signal may be handled between any two calls: here, between the flush and the count."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(TERMS, path)
+    append = ledger._append
+
+    def interrupted(line: bytes) -> None:
+        append(line)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger, "_append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.charge(STEP)
     with suppress(PrivgradError):

@@ -17,7 +17,7 @@ from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import Fold, Tree
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.mechanism.sampling import FullBatch
 from privgrad.mechanism.step import StepRunner
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.ledger import Ledger
@@ -90,7 +90,7 @@ def audit_step(
 
     Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
     """
-    sampling = PoissonSampling(rate=1.0, divisor=plan.sampling.normaliser)
+    sampling = FullBatch(divisor=plan.divisor)
     forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
     model = Direction(inside.shape[1])
     runner = StepRunner(forced, model, linear_loss, VmapEngine(), Ledger(forced.terms()))

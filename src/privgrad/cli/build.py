@@ -16,7 +16,7 @@ from privgrad.gradients.contract import Engine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
-from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.mechanism.stage import Sampling
 from privgrad.training.averaging import ExponentialAverage
 
 
@@ -53,12 +53,12 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
     return built.calibrate(DEFAULT_EPSILON if epsilon is None else float(epsilon))
 
 
-def _steps(steps: Any, epochs: Any, sampling: PoissonSampling) -> int:
+def _steps(steps: Any, epochs: Any, sampling: Sampling) -> int:
     if steps is not None and epochs is not None:
         raise PrivgradError("both plan.steps and plan.epochs are given; leave one out")
     if epochs is not None:
         check_number("plan.epochs", epochs, above=0)
-        return max(1, round(float(epochs) / sampling.probability))
+        return sampling.steps_in(float(epochs))
     if steps is None:
         return DEFAULT_STEPS
     check_count("plan.steps", steps)

@@ -10,7 +10,7 @@ import typer
 from privgrad.cli.build import build_data, build_plan, plan_for_numbers
 from privgrad.cli.config import DEFAULTS, assign, complete, read_config, section_of
 from privgrad.errors import PrivgradError
-from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.plan import Plan, stage_from_json
 
 ConfigPath = Annotated[
     Path | None, typer.Argument(help="A configuration file; or give the numbers.", show_default=False)
@@ -49,8 +49,7 @@ def plan_from(
     if multiplier is not None:
         section_of(section_of(given, "plan"), "noise")["multiplier"] = multiplier
     config = complete(given)
-    sampling = config["plan"]["sampling"]
-    known = sampling.get("dataset_size") is not None or sampling.get("rate") is not None
+    known = stage_from_json("sampling", config["plan"]["sampling"]).sampled is not None
     plan = build_plan(config, None if known else build_data(config).size, calibrated=False)
     target = config["privacy"]["epsilon"]
     return plan, None if target is None else float(target)

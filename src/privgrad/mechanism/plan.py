@@ -6,30 +6,40 @@ From it come, and only from it, the event that is accounted for, the step that r
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, NoOpDpEvent
 
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.noise import SECRET, GaussianNoise
-from privgrad.mechanism.sampling import PoissonSampling
-from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Statistics, Thresholds
+from privgrad.mechanism.sampling import (
+    FixedSizeSampling,
+    FullBatch,
+    PoissonSampling,
+    ShuffledBatches,
+    TruncatedPoissonSampling,
+)
+from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.adjacency import Adjacency, Example
 from privgrad.privacy.calibration import calibrate
 from privgrad.privacy.certificate import PlanFacts
-from privgrad.privacy.events import Accountant, compose, relation, step_event
+from privgrad.privacy.events import Accountant, Sampled, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
 
 KINDS: dict[str, dict[str, type[Any]]] = {
     "protects": {"example": Example},
-    "sampling": {"poisson": PoissonSampling},
+    "sampling": {
+        stage.kind: stage
+        for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
+    },
     "groups": {},
     "compression": {},
     "clipping": {"flat": FlatClipping},
@@ -41,6 +51,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
 """What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
 
 _PROTOCOLS: dict[str, type[Any]] = {
+    "sampling": protocols.Sampling,
     "groups": protocols.Groups,
     "compression": protocols.Compression,
     "clipping": protocols.Clipping,
@@ -65,7 +76,7 @@ class Plan:
         RefusedError: a combination without a proof.
     """
 
-    sampling: PoissonSampling
+    sampling: Sampling
     steps: int
     noise: Noise = GaussianNoise()
     clipping: Clipping = FlatClipping()
@@ -86,42 +97,60 @@ class Plan:
         object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))
         for name, protocol in _PROTOCOLS.items():
             value = getattr(self, name)
-            optional = value is None and name not in ("clipping", "noise")
+            optional = value is None and name not in ("sampling", "clipping", "noise")
             if not optional and not isinstance(value, protocol):
                 raise PrivgradError(f"{name} is {value!r}; expected a {protocol.__name__} stage")
-        if not isinstance(self.sampling, PoissonSampling):
-            raise PrivgradError(f"sampling is {self.sampling!r}; expected PoissonSampling")
         self.sampling.check(self.adjacency)
-        if self.sampling.rate is not None or self.sampling.dataset_size is not None:
-            relation(self.sampling.sampler, self.adjacency, self.accountant)
+        if self.sampling.sampled is not None:
+            relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)
 
     @property
     def divisor(self) -> float:
         """The constant that the noised sum is divided by: the expected batch size, or the number of groups."""
-        return float(self.groups.count) if self.groups is not None else self.sampling.normaliser
+        if self.groups is not None:
+            return float(self.groups.count)
+        if self.sampling.normaliser is None:
+            raise PrivgradError(
+                "sampling.divisor (the constant that sums are divided by) is not known; give it, or a data set"
+            )
+        return float(self.sampling.normaliser)
 
-    def step_event(self) -> DpEvent:
-        """The event of one step, everything that it releases included."""
+    @property
+    def sampled(self) -> Sampled:
+        """The sampler as the accountant knows it."""
+        if self.sampling.sampled is None:
+            raise PrivgradError("sampling.dataset_size is not known; give it, or a data set")
+        return self.sampling.sampled
+
+    def step_event(self, step: int = 1) -> DpEvent:
+        """The event of step 1, 2, ..., everything that it releases included."""
         if self.noise.multiplier is None:
             raise PrivgradError("noise.multiplier is not set; give it, or calibrate the plan to an epsilon")
+        if self.sampling.charges(step) == self.sampling.charges(step - 1):
+            return NoOpDpEvent()
         return step_event(
-            self.sampling.sampler,
+            self.sampled,
             self.adjacency,
             self.accountant,
             multiplier=self.noise.multiplier,
-            rate=self.sampling.probability,
             grouped=self.groups is not None,
         )
 
+    def events(self, steps: int | None = None) -> Counter[DpEvent]:
+        """The events of the first `steps` steps (all of them by default), and how often each is charged."""
+        count = self.steps if steps is None else steps
+        charged = self.sampling.charges(count)
+        return +Counter({self.step_event(): charged, NoOpDpEvent(): count - charged})
+
     def event(self, steps: int | None = None) -> DpEvent:
-        """The event of `steps` steps (all of them by default)."""
-        return compose({self.step_event(): self.steps if steps is None else steps})
+        """The event of `steps` steps (all of them by default) together."""
+        return compose(self.events(steps))
 
     def epsilon(
         self, delta: float | None = None, *, steps: int | None = None, precision: Precision = Precision.FINE
     ) -> float:
         """An upper bound on the epsilon of `steps` steps (all by default) at `delta` (the plan's by default)."""
-        rules = relation(self.sampling.sampler, self.adjacency, self.accountant)
+        rules = relation(self.sampled.sampler, self.adjacency, self.accountant)
         at = self.delta if delta is None else delta
         return accounting.epsilon(self.event(steps), at, rules, self.accountant, precision)
 
@@ -140,20 +169,9 @@ class Plan:
         noise: Any = self.noise
         return self if seed is None else dataclasses.replace(self, noise=dataclasses.replace(noise, insecure_seed=seed))
 
-    def for_dataset(self, size: int) -> Plan:
-        """This plan with the size of its data set filled in, where the plan needs it; another size is refused."""
-        known = self.sampling.dataset_size
-        if known is not None and known != size:
-            raise PrivgradError(
-                f"the plan was made for {known} records and the data set has {size}; "
-                "make the plan from this data set (sampling.dataset_size)"
-            )
-        sampling = self.sampling
-        if sampling.expected_batch_size is not None:
-            sampling = dataclasses.replace(sampling, dataset_size=size)
-        elif sampling.divisor is None and self.adjacency is not Adjacency.ADD_REMOVE:
-            sampling = dataclasses.replace(sampling, divisor=sampling.probability * size)
-        return dataclasses.replace(self, sampling=sampling)
+    def for_dataset(self, units: int) -> Plan:
+        """This plan with the number of units of its data set filled in, where the plan needs it; another number is refused."""
+        return dataclasses.replace(self, sampling=self.sampling.for_dataset(units, self.adjacency))
 
     @property
     def words(self) -> dict[str, str]:
@@ -175,7 +193,7 @@ class Plan:
 
     def terms(self) -> Terms:
         """The first line of this plan's ledger."""
-        return Terms(self.digest(), self.sampling.sampler, self.adjacency, self.accountant, self.delta)
+        return Terms(self.digest(), self.sampled.sampler, self.adjacency, self.accountant, self.delta)
 
     def digest(self) -> str:
         """SHA-256 of the plan's JSON: two plans are the same mechanism exactly if their digests are equal."""

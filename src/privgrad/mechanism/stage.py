@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.states import ClippedSum, NoisedSum, Release
+from privgrad.privacy.adjacency import Adjacency
+from privgrad.privacy.events import Sampled
 from privgrad.privacy.ledger import Receipt
 from privgrad.privacy.sensitivity import Bound
 
@@ -60,6 +62,41 @@ class Stage:
     def words(self) -> str:
         """What the stage does, for the certificate."""
         raise NotImplementedError(f"{type(self).__name__} must say in `words` what it does")
+
+
+@runtime_checkable
+class Sampling(Protocol):
+    """Chooses the units of each step, from their number alone."""
+
+    @property
+    def sampled(self) -> Sampled | None:
+        """The sampler as the accountant knows it, with its numbers; None until it knows how many units there are."""
+        ...
+
+    @property
+    def normaliser(self) -> float | None:
+        """The constant, fixed before training, by which the sum over units is divided; None until it is known."""
+        ...
+
+    def check(self, adjacency: Adjacency) -> None:
+        """Refuse numbers that this adjacency keeps private."""
+        ...
+
+    def for_dataset(self, units: int, adjacency: Adjacency) -> Sampling:
+        """The same sampler for a data set of so many units, where it needs their number; another number is refused."""
+        ...
+
+    def steps_in(self, epochs: float) -> int:
+        """How many steps so many passes over the data are."""
+        ...
+
+    def charges(self, steps: int) -> int:
+        """How many of the first `steps` steps cost an event; the others are covered by an earlier one (a shuffled epoch)."""
+        ...
+
+    def draw(self, units: int, step: int, source: Source) -> Tensor:
+        """The indices of the units that take part in a step, increasing."""
+        ...
 
 
 @runtime_checkable

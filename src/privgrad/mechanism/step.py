@@ -96,7 +96,7 @@ class StepRunner:
         sums = self.clipped_sum(batch, fold)
         if self.reduce is not None:
             self.reduce(sums.flat)
-        receipt = self.ledger.charge(self._event)
+        receipt = self.ledger.charge(self.plan.step_event(self.ledger.count + 1))
         noised = self.plan.noise.add(sums, receipt, self._noise)
         self._check(noised)
         release = self._last_stage(noised, rate)

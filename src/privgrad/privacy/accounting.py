@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
+import attr
 import dp_accounting
 from absl import logging as absl_logging
 from dp_accounting import DpEvent, NeighboringRelation
@@ -68,6 +69,12 @@ def _atoms(event: DpEvent, count: int = 1) -> Iterator[_Atom]:
     elif isinstance(event, dp_accounting.PoissonSampledDpEvent):
         for atom in _atoms(event.event, count):
             yield replace(atom, rate=event.sampling_probability)
+    elif isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        # A truncated sample swaps the record for another: twice the distance at worst.
+        yield _Atom(event.sampling_probability, event.noise_multiplier / 2, count)
+    elif isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
+        for atom in _atoms(event.event, count):
+            yield replace(atom, rate=event.sample_size / event.source_dataset_size)
     elif isinstance(event, dp_accounting.SelfComposedDpEvent):
         yield from _atoms(event.event, event.count * count)
     elif isinstance(event, dp_accounting.ComposedDpEvent):
@@ -83,10 +90,25 @@ def _bounded(event: DpEvent) -> DpEvent:
         return dp_accounting.PoissonSampledDpEvent(
             max(event.sampling_probability, _SMALLEST_RATE), _bounded(event.event)
         )
+    if isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return attr.evolve(event, noise_multiplier=min(event.noise_multiplier, _LARGEST_MULTIPLIER))
+    if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
+        return attr.evolve(event, event=_bounded(event.event))
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return dp_accounting.SelfComposedDpEvent(_bounded(event.event), event.count)
     if isinstance(event, dp_accounting.ComposedDpEvent):
         return dp_accounting.ComposedDpEvent(tuple(_bounded(part) for part in event.events))
+    return event
+
+
+def _unsampled(event: DpEvent) -> DpEvent:
+    """The event as if every unit took part in every step of a sample without replacement: that can only raise epsilon."""
+    if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
+        return event.event
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return dp_accounting.SelfComposedDpEvent(_unsampled(event.event), event.count)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return dp_accounting.ComposedDpEvent(tuple(_unsampled(part) for part in event.events))
     return event
 
 
@@ -101,9 +123,34 @@ def _spread(atoms: Sequence[_Atom]) -> float:
     return math.sqrt(sum(atom.count * atom.rate**2 * math.expm1(min(1.0, atom.multiplier**-2)) for atom in atoms))
 
 
+_ORDERS_WITHOUT_REPLACEMENT = range(2, 257)
+"""Above 256 dp-accounting approximates this sampler by Stirling's formula; between whole orders it interpolates."""
+
+
+def _without_replacement(event: DpEvent) -> bool:
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return _without_replacement(event.event)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return any(_without_replacement(part) for part in event.events)
+    return isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent)
+
+
 def _rdp(event: DpEvent, delta: float, relation: NeighboringRelation) -> float:
+    orders = _ORDERS_WITHOUT_REPLACEMENT if _without_replacement(event) else None
     with _quiet():
-        return float(RdpAccountant(neighboring_relation=relation).compose(event).get_epsilon(delta))
+        return float(RdpAccountant(orders, neighboring_relation=relation).compose(event).get_epsilon(delta))
+
+
+def _guide(atoms: Sequence[_Atom], delta: float) -> float:
+    """About the size of the answer."""
+    poisson = [
+        dp_accounting.SelfComposedDpEvent(
+            dp_accounting.PoissonSampledDpEvent(atom.rate, dp_accounting.GaussianDpEvent(atom.multiplier)), atom.count
+        )
+        for atom in atoms
+    ]
+    found = _rdp(dp_accounting.ComposedDpEvent(tuple(poisson)), delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
+    return max(found, _spread(atoms))
 
 
 def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision: Precision) -> PLDAccountant | None:
@@ -112,8 +159,7 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
     None where the answer is beyond `_LARGEST_EPSILON`.
     """
     atoms = list(_atoms(event))
-    guide = _rdp(event, delta, NeighboringRelation.ADD_OR_REMOVE_ONE)
-    guide = max(guide, _spread(atoms))
+    guide = _guide(atoms, delta)
     largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
         return None
@@ -129,8 +175,12 @@ def _trivial(event: DpEvent) -> float | None:
         return math.inf
     if isinstance(event, dp_accounting.SelfComposedDpEvent):
         return _trivial(event.event)
-    if isinstance(event, dp_accounting.ComposedDpEvent) and any(_trivial(part) == math.inf for part in event.events):
-        return math.inf
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        parts = [_trivial(part) for part in event.events]
+        if math.inf in parts:
+            return math.inf
+        if all(part == 0.0 for part in parts):
+            return 0.0
     if any(atom.multiplier < _SMALLEST_MULTIPLIER for atom in _atoms(event)):
         return math.inf
     return None
@@ -160,7 +210,10 @@ def epsilon(
         found = _rdp(event, delta, relation)
         if found > 0:
             return found
-        # dp-accounting answers 0 where a divergence is lost in rounding. PLD, which rounds upwards, has the last word.
+        # dp-accounting answers 0 where a divergence is lost in rounding. PLD, which rounds upwards, has the last word; for the
+        # one sampler that it does not know, without amplification (the doubled distance is in the event already).
+        if _without_replacement(event):
+            event, relation = _unsampled(event), NeighboringRelation.REPLACE_SPECIAL
     composed = _pld(event, delta, relation, precision)
     return math.inf if composed is None else float(composed.get_epsilon(delta))
 

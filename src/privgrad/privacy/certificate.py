@@ -28,6 +28,9 @@ _ACCOUNTANTS = {
 
 _SAMPLERS = {
     Sampler.POISSON: "Poisson sampling is assumed, and Poisson sampling is what was run",
+    Sampler.TRUNCATED_POISSON: "truncated Poisson sampling is assumed, and truncated Poisson sampling is what was run",
+    Sampler.FIXED_SIZE: "sampling of a fixed size without replacement is assumed, and it is what was run",
+    Sampler.SHUFFLED: "no amplification by sampling is assumed: one full Gaussian step is charged for each epoch that was begun",
     Sampler.FULL_BATCH: "full batches are assumed, and full batches are what was run",
 }
 

@@ -7,8 +7,10 @@ nobody outside this file builds an event or names a relation.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -35,19 +37,57 @@ class Sampler(StrEnum):
 
     POISSON = "poisson"
     """Every unit by its own coin, independently in every step."""
+    TRUNCATED_POISSON = "truncated_poisson"
+    """As Poisson; of a sample that is larger than a stated size, a random subset of that size."""
+    FIXED_SIZE = "fixed_size"
+    """A random subset of a fixed size, independently in every step."""
+    SHUFFLED = "shuffled"
+    """Fixed batches, one participation an epoch: no amplification, one Gaussian for each epoch that was begun."""
     FULL_BATCH = "full_batch"
     """Every unit in every step."""
 
 
-_RELATIONS = {
-    (Sampler.POISSON, Adjacency.ZERO_OUT): NeighboringRelation.REPLACE_SPECIAL,
-    (Sampler.POISSON, Adjacency.ADD_REMOVE): NeighboringRelation.ADD_OR_REMOVE_ONE,
-    # PLD's REPLACE_ONE doubles the sensitivity inside: the event keeps z = s / R.
-    (Sampler.POISSON, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_ONE,
-    (Sampler.FULL_BATCH, Adjacency.ZERO_OUT): NeighboringRelation.REPLACE_SPECIAL,
-    (Sampler.FULL_BATCH, Adjacency.ADD_REMOVE): NeighboringRelation.ADD_OR_REMOVE_ONE,
-    # Here the doubling is ours (`step_event`), so that PLD and RDP agree.
-    (Sampler.FULL_BATCH, Adjacency.REPLACE_ONE): NeighboringRelation.REPLACE_SPECIAL,
+@dataclass(frozen=True)
+class Sampled:
+    """A sampler with the numbers that the accountant needs of it.
+
+    rate: q. dataset_size: n (under add_remove a stated upper bound), batch_size: the largest or the fixed size of a batch;
+    both only where the sampler's row of the table uses them.
+    """
+
+    sampler: Sampler
+    rate: float = 1.0
+    dataset_size: int | None = None
+    batch_size: int | None = None
+
+
+_PLD, _RDP = Accountant.PLD, Accountant.RDP
+
+_TABLE: dict[tuple[Sampler, Adjacency], tuple[NeighboringRelation, tuple[Accountant, ...]]] = {
+    (Sampler.POISSON, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD, _RDP)),
+    (Sampler.POISSON, Adjacency.ADD_REMOVE): (NeighboringRelation.ADD_OR_REMOVE_ONE, (_PLD, _RDP)),
+    # PLD's REPLACE_ONE doubles the sensitivity inside: the event keeps z = s / R. RDP's does not, and is refused.
+    (Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_PLD,)),
+    (Sampler.TRUNCATED_POISSON, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD,)),
+    (Sampler.TRUNCATED_POISSON, Adjacency.ADD_REMOVE): (NeighboringRelation.ADD_OR_REMOVE_ONE, (_PLD,)),
+    # The record's place is taken by another one also under zero_out: the doubling is ours (`step_event`).
+    (Sampler.FIXED_SIZE, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_ONE, (_RDP,)),
+    (Sampler.FIXED_SIZE, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_RDP,)),
+    # From here on the doubling of replace_one is ours, so that PLD and RDP agree.
+    (Sampler.SHUFFLED, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD, _RDP)),
+    (Sampler.SHUFFLED, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_SPECIAL, (_PLD, _RDP)),
+    (Sampler.FULL_BATCH, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD, _RDP)),
+    (Sampler.FULL_BATCH, Adjacency.ADD_REMOVE): (NeighboringRelation.ADD_OR_REMOVE_ONE, (_PLD, _RDP)),
+    (Sampler.FULL_BATCH, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_SPECIAL, (_PLD, _RDP)),
+}
+
+_WITHOUT_A_ROW = {
+    (Sampler.TRUNCATED_POISSON, Adjacency.REPLACE_ONE): "its accountant has no pair for a replaced record; "
+    "use sampling.kind = 'poisson', or adjacency = 'zero_out'",
+    (Sampler.FIXED_SIZE, Adjacency.ADD_REMOVE): "a batch of fixed size gives away whether there are enough records; "
+    "use sampling.kind = 'poisson', or adjacency = 'zero_out'",
+    (Sampler.SHUFFLED, Adjacency.ADD_REMOVE): "one record less shifts every later batch; "
+    "use sampling.kind = 'poisson', or adjacency = 'zero_out'",
 }
 
 
@@ -57,22 +97,19 @@ def relation(sampler: Sampler, adjacency: Adjacency, accountant: Accountant) -> 
     Raises:
         RefusedError: for a row that is not in the table.
     """
-    if (sampler, adjacency, accountant) == (Sampler.POISSON, Adjacency.REPLACE_ONE, Accountant.RDP):
+    if (sampler, adjacency) not in _TABLE:
+        raise RefusedError(f"{sampler} sampling under {adjacency} is refused: {_WITHOUT_A_ROW[sampler, adjacency]}")
+    found, accountants = _TABLE[sampler, adjacency]
+    if accountant not in accountants:
         raise RefusedError(
-            "replace_one with Poisson sampling has no RDP accountant (dp-accounting's ignores the doubled sensitivity); "
-            "use accountant = 'pld', or adjacency = 'zero_out'"
+            f"{sampler} sampling under {adjacency} has no {accountant.upper()} accountant in dp-accounting; use accountant = "
+            f"{accountants[0].value!r}" + ("" if adjacency is Adjacency.ZERO_OUT else ", or adjacency = 'zero_out'")
         )
-    return _RELATIONS[sampler, adjacency]
+    return found
 
 
 def step_event(
-    sampler: Sampler,
-    adjacency: Adjacency,
-    accountant: Accountant,
-    *,
-    multiplier: float,
-    rate: float = 1.0,
-    grouped: bool = False,
+    sampled: Sampled, adjacency: Adjacency, accountant: Accountant, *, multiplier: float, grouped: bool = False
 ) -> DpEvent:
     """The event of ONE step whose joint noise multiplier is z = s / R (`privacy.sensitivity`).
 
@@ -82,19 +119,30 @@ def step_event(
     Raises:
         RefusedError: for a row that is not in the table.
     """
-    relation(sampler, adjacency, accountant)
+    relation(sampled.sampler, adjacency, accountant)
     if multiplier == 0:
         return dp_accounting.NonPrivateDpEvent()
-    if sampler is Sampler.FULL_BATCH:
-        if adjacency is Adjacency.REPLACE_ONE:
-            multiplier /= replacement_factor(grouped=grouped)
-        return dp_accounting.GaussianDpEvent(multiplier)
-    return dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(multiplier))
+    doubled = multiplier / replacement_factor(grouped=grouped)
+    match sampled.sampler:
+        case Sampler.POISSON:
+            return dp_accounting.PoissonSampledDpEvent(sampled.rate, dp_accounting.GaussianDpEvent(multiplier))
+        case Sampler.TRUNCATED_POISSON:
+            return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+                sampled.dataset_size, sampled.rate, sampled.batch_size, multiplier
+            )
+        case Sampler.FIXED_SIZE:
+            gaussian = dp_accounting.GaussianDpEvent(doubled)
+            return dp_accounting.SampledWithoutReplacementDpEvent(sampled.dataset_size, sampled.batch_size, gaussian)
+        case Sampler.SHUFFLED | Sampler.FULL_BATCH:
+            return dp_accounting.GaussianDpEvent(doubled if adjacency is Adjacency.REPLACE_ONE else multiplier)
 
 
 def compose(events: Mapping[DpEvent, int]) -> DpEvent:
     """One event for each of `events` run as often as its count says."""
-    parts = [dp_accounting.SelfComposedDpEvent(event, count) for event, count in events.items() if count > 0]
+    costly = {
+        event: count for event, count in events.items() if count > 0 and type(event) is not dp_accounting.NoOpDpEvent
+    }
+    parts = [dp_accounting.SelfComposedDpEvent(event, count) for event, count in costly.items()]
     if not parts:
         return dp_accounting.NoOpDpEvent()
     return parts[0] if len(parts) == 1 else dp_accounting.ComposedDpEvent(tuple(parts))  # a tuple, to be hashable
@@ -103,7 +151,11 @@ def compose(events: Mapping[DpEvent, int]) -> DpEvent:
 _SERIALISED: dict[str, type[DpEvent]] = {
     "gaussian": dp_accounting.GaussianDpEvent,
     "poisson_sampled": dp_accounting.PoissonSampledDpEvent,
+    "truncated_poisson_gaussian": dp_accounting.TruncatedSubsampledGaussianDpEvent,
+    "sampled_without_replacement": dp_accounting.SampledWithoutReplacementDpEvent,
     "non_private": dp_accounting.NonPrivateDpEvent,
+    # A step whose cost was charged with another line: the later batches of a shuffled epoch.
+    "no_op": dp_accounting.NoOpDpEvent,
 }
 _KINDS = {cls: kind for kind, cls in _SERIALISED.items()}
 
@@ -126,8 +178,12 @@ def event_to_json(event: DpEvent) -> dict[str, Any]:
     return data
 
 
+_COUNTS = {"dataset_size", "truncated_batch_size", "source_dataset_size", "sample_size"}
+_LARGEST_COUNT = 2**53
+
+
 def event_from_json(data: object, *, sampled: bool = False) -> DpEvent:
-    """The event of a dictionary made by `event_to_json`. sampled: it stands inside a Poisson sample, so it must be a Gaussian.
+    """The event of a dictionary made by `event_to_json`. sampled: it stands inside a sample, so it must be a Gaussian.
 
     Raises:
         VerificationError: for an unknown kind, a missing or surplus key, or a number outside its range.
@@ -138,27 +194,28 @@ def event_from_json(data: object, *, sampled: bool = False) -> DpEvent:
     known = ["gaussian"] if sampled else list(_SERIALISED)
     if kind not in known:
         raise VerificationError(
-            f"unknown event {kind!r}{' inside a Poisson sample' if sampled else ''}; {nearest(kind, known)}"
+            f"unknown event {kind!r}{' inside a sample' if sampled else ''}; {nearest(kind, known)}"
         )
     cls = _SERIALISED[kind]
     names = {field.name for field in attr.fields(cls)}
     if set(data) - {"kind"} != names:
         raise VerificationError(f"event {kind!r} has the keys {_shown(set(data) - {'kind'})}; expected {sorted(names)}")
-    values: dict[str, Any] = {}
-    for name in names:
-        if name == "event":
-            values[name] = event_from_json(data[name], sampled=True)
-        else:
-            values[name] = _number(
-                kind, name, data[name], 1.0 if name == "sampling_probability" else sys.float_info.max
-            )
+    values = {name: _field(kind, name, data[name]) for name in names}
+    if values.get("sample_size", 1) > values.get("source_dataset_size", math.inf):
+        raise VerificationError(f"event {kind!r} samples {values['sample_size']} of {values['source_dataset_size']}")
     return cls(**values)
 
 
-def _number(kind: str, name: str, value: object, upper: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= upper:
-        raise VerificationError(f"event {kind!r} has {name} = {_shown(value)}; expected a number in (0, {upper:g}]")
-    return float(value)
+def _field(kind: str, name: str, value: object) -> Any:
+    if name == "event":
+        return event_from_json(value, sampled=True)
+    whole = name in _COUNTS
+    upper = _LARGEST_COUNT if whole else 1.0 if name == "sampling_probability" else sys.float_info.max
+    allowed = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value <= upper:
+        wanted = "whole number" if whole else "number"
+        raise VerificationError(f"event {kind!r} has {name} = {_shown(value)}; expected a {wanted} in (0, {upper:g}]")
+    return value if whole else float(value)
 
 
 def _shown(value: object) -> str:

@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, NoOpDpEvent
 
 from privgrad.errors import PrivgradError, VerificationError, check_number
 from privgrad.files import canonical_json, digest, sync_directory
@@ -26,6 +26,7 @@ from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Accountant, Sampler, compose, event_from_json, event_to_json, relation
 
 _FORMAT = 1
+_FIRST_KEYS = {"format", "plan", "sampler", "adjacency", "accountant", "delta", "previous", "hash"}
 _STEP_KEYS = {"step", "event", "previous", "hash"}
 
 
@@ -55,12 +56,14 @@ class Terms:
     def from_json(data: dict[str, Any]) -> Terms:
         """The terms of a first line; VerificationError where it does not hold them."""
         try:
-            if data["format"] != _FORMAT:
+            if data["format"] != _FORMAT or data["format"] is True:
                 raise VerificationError(
                     f"the ledger has format {data['format']!r}; this version reads format {_FORMAT}"
                 )
+            if data.keys() != _FIRST_KEYS or not isinstance(data["plan"], str):
+                raise VerificationError(f"the ledger's first line holds {sorted(data)}; expected {sorted(_FIRST_KEYS)}")
             terms = Terms(
-                str(data["plan"]),
+                data["plan"],
                 Sampler(data["sampler"]),
                 Adjacency(data["adjacency"]),
                 Accountant(data["accountant"]),
@@ -157,6 +160,8 @@ def read_ledger(path: Path) -> Record:
         text = canonical_json(entry.get("event"))
         if text not in known:
             known[text] = event_from_json(entry.get("event"))
+        if type(known[text]) is NoOpDpEvent and (terms.sampler is not Sampler.SHUFFLED or step == 1):
+            raise VerificationError(f"ledger line {step + 1} charges nothing; only a shuffled epoch has such steps")
         events[known[text]] += 1
         heads.append(entry["hash"])
     return Record(terms, events, len(heads) - 1, heads[-1], tuple(heads), torn=len(tail))
@@ -187,6 +192,7 @@ class Ledger:
             raise PrivgradError(f"{path} cannot be written: {error.strerror or error}") from error
         _lock(self._file, path)
         self._append(line)
+        self._broken = False
         sync_directory(path.parent)
 
     @classmethod
@@ -233,6 +239,7 @@ class Ledger:
         self._append(line)
         self._count, self._head = self._count + 1, head
         self._events[event] += 1
+        self._broken = False
         return Receipt(self._count, event)
 
     @property
@@ -259,7 +266,7 @@ class Ledger:
     def _append(self, line: bytes) -> None:
         if self._file is None:
             return
-        # Broken until proven whole: also an interrupt in the middle of this leaves a file that nobody may go on with.
+        # Broken until the step is counted: an interrupt anywhere before leaves a ledger that nobody may go on with.
         self._broken = True
         try:
             rest = memoryview(line)
@@ -270,7 +277,6 @@ class Ledger:
             raise PrivgradError(
                 f"the ledger cannot be written ({error.strerror or error}); the step was not taken"
             ) from error
-        self._broken = False
 
 
 def _lock(stream: FileIO, path: Path) -> None:

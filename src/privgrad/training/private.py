@@ -86,7 +86,9 @@ class Private:
         current = self._iterators
         units = size_of(self._dataset)
         first = self.ledger.count + 1
-        draws = (self.plan.sampling.draw(units, self._sampling.at(step)) for step in range(first, self.plan.steps + 1))
+        draws = (
+            self.plan.sampling.draw(units, step, self._sampling.at(step)) for step in range(first, self.plan.steps + 1)
+        )
         pin = next(iter(self._parameters.values())).is_cuda
         for batch in sampled_batches(
             self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dp_accounting import DpEvent
+
 from privgrad.errors import PrivgradError, VerificationError
-from privgrad.files import digest, file_digest, read_json
+from privgrad.files import canonical_json, digest, file_digest, read_json
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.certificate import Evaluation, make_certificate, to_markdown
 from privgrad.privacy.events import event_to_json
@@ -130,12 +133,13 @@ class Run:
         plan = Plan.from_json(stored)
         if plan.terms() != record.terms:
             raise VerificationError("the ledger's terms are not those of plan.json")
-        planned = event_to_json(plan.step_event())
-        strange = [event for event in record.events if event_to_json(event) != planned]
-        if strange:
-            raise VerificationError(f"the ledger charges an event that is not the plan's: {event_to_json(strange[0])}")
         if record.count > plan.steps:
             raise VerificationError(f"the ledger charges {record.count} steps; the plan has {plan.steps}")
+        if record.events != plan.events(record.count):
+            raise VerificationError(
+                f"the ledger does not charge the plan's events: it holds {_shown(record.events)}; "
+                f"expected {_shown(plan.events(record.count))}"
+            )
 
     def _checkpoint_mismatch(self, record: Record) -> None:
         if self.checkpoint.exists():
@@ -195,6 +199,10 @@ def certificate_text(certificate: dict[str, Any]) -> str:
 def plan_text(plan: dict[str, Any]) -> str:
     """How plan.json is written."""
     return json.dumps(plan, indent=2, allow_nan=False) + "\n"
+
+
+def _shown(events: Counter[DpEvent]) -> str:
+    return ", ".join(f"{count} times {canonical_json(event_to_json(event))}" for event, count in events.items())
 
 
 def _collect(mismatches: list[str], check: Any, record: Record) -> None:
