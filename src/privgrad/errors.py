@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 
 
@@ -17,6 +18,11 @@ class RefusedError(PrivgradError):
 
 class VerificationError(PrivgradError):
     """A ledger, plan, certificate or model file that does not match the others. `privgrad verify` exits with 1."""
+
+
+def command() -> str:
+    """What the user types to reach the command line: `privgrad`, or the script of a checkout, which says its name."""
+    return os.environ.get("PRIVGRAD_COMMAND", "privgrad")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -530,17 +530,48 @@ def test_resuming_with_the_same_configuration_is_allowed(stopped: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "key"),
     [
-        ("optimizer.lr=0.7", "optimizer.lr"),
-        ("plan.steps=4", "plan.steps"),
-        ("plan.noise.multiplier=2.0", "plan.noise"),
-        ("privacy.delta=1e-6", "privacy.delta"),
-        ("model.name=mlp", "model.name"),
-        ("training.seed=1", "training.seed"),
+        ("optimizer.lr=0.7", "optimizer.lr was 1.2 and is 0.7"),
+        ("plan.steps=4", "plan.steps was {steps} and is 4"),
+        ("plan.noise.multiplier=2.0", "plan.noise.multiplier was {multiplier} and is 2.0"),
+        ("privacy.delta=1e-6", "privacy.delta was 1e-05 and is 1e-06"),
+        ("model.name=mlp", "model.name was 'tests.cli.test_commands:Stopping' and is 'mlp'"),
+        ("training.seed=1", "training.seed was 0 and is 1"),
     ],
 )
 def test_resuming_with_another_configuration_names_the_key_that_differs(stopped: Path, setting: str, key: str) -> None:
     line = refusal("train", stopped / "config.toml", "--resume", "--out", stopped, "--set", setting)
-    assert line.startswith(f"{key} differ(s) from the run in {stopped};")
+    before = tomllib.loads((stopped / "config.toml").read_text())["plan"]
+    key = key.format(steps=before["steps"], multiplier=before["noise"]["multiplier"])
+    assert line.startswith(f"the settings differ from those of the run in {stopped}: {key};")
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(small: Path) -> None:
+    before = {path: (file_digest(path), path.stat().st_mtime_ns) for path in small.rglob("*") if path.is_file()}
+    again = say("train", "--resume", "--out", small, "--json")
+    assert again.code == 0
+    assert f"the run in {small} is finished already; nothing was changed" in again.err
+    certificate = json.loads((small / "certificate.json").read_text())
+    assert again.json["test_accuracy"] == certificate["evaluation"]["metrics"]["test_accuracy"]
+    assert again.json["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-9)
+    assert again.json["steps"] == certificate["steps"]["charged"]
+    assert {p: (file_digest(p), p.stat().st_mtime_ns) for p in small.rglob("*") if p.is_file()} == before
+
+
+def test_a_directory_that_holds_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    assert "is not a run" in refusal("verify", tmp_path)
+
+
+def test_what_is_printed_can_be_typed_from_a_checkout(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "check it:    privgrad verify" in say("train", "--resume", "--out", small).out
+    monkeypatch.setenv("PRIVGRAD_COMMAND", "./privgrad")
+    assert "check it:    ./privgrad verify" in say("train", "--resume", "--out", small).out
+    assert "Try: ./privgrad --help" in refusal("train", "--nonsense")
+
+
+def test_a_key_of_another_section_is_pointed_to() -> None:
+    assert "did you mean privacy.epsilon?" in refusal("train", "--set", "plan.epsilon=2")
 
 
 def test_resuming_without_out_is_refused() -> None:

@@ -19,7 +19,6 @@ from privgrad.cli.config import (
     DEFAULTS,
     assign,
     complete,
-    differences,
     read_config,
     without_none,
 )
@@ -29,6 +28,7 @@ from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.plan import KINDS
 from privgrad.nn.models import build_model
 from privgrad.training.averaging import ExponentialAverage
+from privgrad.training.run import differences
 
 SMALL = ["--model", "logistic_regression", "--set", "plan.noise.multiplier=1.0", "--set", "plan.steps=2"]
 
@@ -521,7 +521,11 @@ def test_a_configuration_written_and_read_is_the_same(given: dict[str, Any]) -> 
 
 def test_differences_name_the_keys_in_order() -> None:
     changed = complete({"plan": {"steps": 4}, "optimizer": {"lr": 0.5, "momentum": 0.9}})
-    assert differences(complete({}), changed) == ["optimizer.lr", "optimizer.momentum", "plan.steps"]
+    assert differences(without_none(complete({})), without_none(changed)) == [
+        "optimizer.lr was 1.2 and is 0.5",
+        "optimizer.momentum was not given and is 0.9",
+        "plan.steps was not given and is 4",
+    ]
     assert differences(changed, changed) == []
 
 

@@ -281,7 +281,9 @@ def test_a_batch_cannot_be_skipped_by_asking_for_batches_again() -> None:
 def test_step_takes_nothing_but_sampled_batches(thing: object) -> None:
     running = private()
     for use in (running.step, running.backward):
-        with pytest.raises(pg.PrivgradError, match=rf"{type(thing).__name__}; it takes the one that private\.batches"):
+        with pytest.raises(
+            pg.PrivgradError, match=rf"{type(thing).__name__}; it takes the batch that private\.batches"
+        ):
             use(thing)  # type: ignore[arg-type]
     assert running.ledger.count == 0
 

@@ -465,7 +465,7 @@ def test_an_unfinished_run_verifies_as_unfinished(
     for _ in range(steps):
         started.private.step(next(batches))
     started.private.ledger.close()
-    assert "the run is not finished" in passes(tmp_path / "run", capsys)
+    assert "not finished, there is no certificate yet" in passes(tmp_path / "run", capsys)
     assert privgrad(["verify", str(tmp_path / "run"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"ok": True, "epsilon": PLAN.epsilon(steps=steps), "steps": steps, "finished": False}

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from privgrad.cli import calibrate, epsilon, train, verify
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, command
 from privgrad.training.trainer import InterruptedRunError
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
     try:
         # No command: the help is what was asked for.
         arguments = arguments or ["--help"]
-        code = typer.main.get_command(app).main(arguments, prog_name="privgrad", standalone_mode=False)
+        code = typer.main.get_command(app).main(arguments, prog_name=command(), standalone_mode=False)
         return code if isinstance(code, int) else 0
     except InterruptedRunError as stop:
         return _say(str(stop), 130)
@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        return _say(f"{message()} Try: privgrad --help", 2)
+        return _say(f"{message()} Try: {command()} --help", 2)
 
 
 def _say(message: str, code: int) -> int:

@@ -72,7 +72,9 @@ def _put(config: Config, section: str, key: str, value: Any) -> None:
         known[key] = value  # the rest are arguments of the optimizer's class, which knows them
         return
     if key not in known:
-        raise PrivgradError(f"{section}.{key} is an unknown key; {nearest(key, known)}")
+        elsewhere = [other for other, keys in config.items() if key in keys]
+        hint = f"did you mean {elsewhere[0]}.{key}?" if elsewhere else nearest(key, known)
+        raise PrivgradError(f"{section}.{key} is an unknown key; {hint}")
     if section == "plan" and key in KINDS:
         known[key] = _stage(key, known[key], value)
         return
@@ -137,14 +139,6 @@ def _value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def differences(before: Config, now: Config) -> list[str]:
-    """The keys in which two configurations differ, as section.key."""
-    keys = {(section, key) for config in (before, now) for section in config for key in config[section]}
-    return sorted(
-        f"{section}.{key}" for section, key in keys if before.get(section, {}).get(key) != now.get(section, {}).get(key)
-    )
 
 
 def without_none(node: Any) -> Any:

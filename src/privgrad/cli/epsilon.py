@@ -19,7 +19,7 @@ from privgrad.cli.numbers import (
     plan_from,
 )
 from privgrad.cli.output import print_json
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, command
 from privgrad.privacy.certificate import round_up
 
 
@@ -47,7 +47,7 @@ def epsilon(
     )
     if plan.noise.multiplier is None:
         if config is None:
-            raise PrivgradError("--noise-multiplier is missing; or use `privgrad calibrate` to find it")
+            raise PrivgradError(f"--noise-multiplier is missing; or use `{command()} calibrate` to find it")
         plan = plan.calibrate(DEFAULT_EPSILON if target is None else target)
     spent = plan.epsilon()
     if json:

@@ -20,7 +20,12 @@ Steps = Annotated[int | None, typer.Option(help="T: how many steps.")]
 Delta = Annotated[float | None, typer.Option(help="delta, 1e-5 by default.")]
 AccountantName = Annotated[str | None, typer.Option("--accountant", help="pld (default) or rdp.")]
 AdjacencyName = Annotated[str | None, typer.Option("--adjacency", help="zero_out (default), add_remove, replace_one.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, over the configuration.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="section.key=value, over the configuration; can be repeated (keys: docs/configuration.md)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

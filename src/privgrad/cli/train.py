@@ -12,24 +12,24 @@ import torch
 import typer
 
 from privgrad.cli.build import build_averaging, build_data, build_device, build_engine, build_optimizer, build_plan
-from privgrad.cli.config import Config, assign, complete, differences, read_config, section_of, without_none
+from privgrad.cli.config import Config, assign, complete, read_config, section_of, without_none
 from privgrad.cli.numbers import Json, Settings
 from privgrad.cli.output import print_json
-from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.errors import PrivgradError, check_count, check_number, command
 from privgrad.files import read_json
 from privgrad.mechanism.plan import Plan
-from privgrad.nn.models import build_model
+from privgrad.nn.models import MODELS, build_model
 from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
-from privgrad.training.run import Run
+from privgrad.training.run import Run, differences
 from privgrad.training.trainer import Result, Trainer
 
 
 def train(
     config: Annotated[Path | None, typer.Argument(help="A configuration file.", show_default=False)] = None,
     data: Annotated[str | None, typer.Option(help="The private data: an embedded name.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model's name, or package.module:factory.")] = None,
+    model: Annotated[str | None, typer.Option(help=f"{', '.join(MODELS)}, or package.module:factory.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="The privacy budget; 3 by default.")] = None,
     delta: Annotated[float | None, typer.Option(help="delta; 1e-5 by default.")] = None,
     settings: Settings = None,
@@ -37,7 +37,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     json: Json = False,
 ) -> None:
-    """Train a model privately and certify it. Without arguments: handwritten digits at epsilon 3, in seconds."""
+    """Train a model privately and certify it. Without arguments: handwritten digits at epsilon 3, in seconds.
+
+    Everything that can be set, with its default, is in docs/configuration.md.
+    """
     given = read_config(config) if config is not None else {}
     options = {
         ("data", "source"): data,
@@ -57,6 +60,8 @@ def train(
         complete_config = complete(given)
     for note in filter(None, notes):
         print(f"privgrad: {note}", file=sys.stderr)
+    if resume and out is not None and Run(out).complete:
+        print(f"privgrad: the run in {out} is finished already; nothing was changed", file=sys.stderr)
     result = run_training(complete_config, out, resume=resume)
     if json:
         print_json(
@@ -121,11 +126,11 @@ def _resumed_config(run: Run, given: dict[str, Any]) -> Config:
         raise PrivgradError(f"{run.directory} holds no run to resume; start one without --resume")
     before = complete(read_config(run.config))
     if given:
-        changed = differences(before, complete(given))
+        changed = differences(without_none(before), without_none(complete(given)))
         if changed:
             raise PrivgradError(
-                f"{', '.join(changed)} differ(s) from the run in {run.directory}; resume with the same settings (or none), "
-                "or start another run"
+                f"the settings differ from those of the run in {run.directory}: {', '.join(changed)}; resume with the same "
+                "settings (or none), or start another run"
             )
     return before
 
@@ -153,4 +158,4 @@ def _tell(result: Result) -> None:
     accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.1%}"
     print(f"epsilon = {round_up(result.epsilon, 3)} at delta = {result.delta:g}{accuracy}")
     print(f"certificate: {result.run / 'certificate.html'}")
-    print(f"check it:    privgrad verify {result.run}")
+    print(f"check it:    {command()} verify {result.run}")

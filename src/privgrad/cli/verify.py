@@ -29,12 +29,11 @@ def verify(run: Annotated[Path, typer.Argument(help="The run directory.")], json
     if json:
         print_json({"ok": True, "epsilon": verified.epsilon, "steps": verified.steps, "finished": verified.finished})
     else:
-        state = (
-            "ledger, plan, certificate and model agree"
-            if verified.finished
-            else "ledger and plan agree; the run is not finished"
-        )
-        print(f"verified: epsilon = {round_up(verified.epsilon, 3)} after {verified.steps} steps; {state}")
+        spent = f"epsilon = {round_up(verified.epsilon, 3)} after {verified.steps} steps"
+        if verified.finished:
+            print(f"verified: {spent}; ledger, plan, certificate and model agree")
+        else:
+            print(f"not finished, there is no certificate yet: {spent} so far; ledger and plan agree")
 
 
 def _fail(mismatches: list[str], json: bool, epsilon: float | None, steps: int | None) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from privgrad.errors import PrivgradError, nearest
+from privgrad.errors import PrivgradError
 
 
 class LogisticRegression(nn.Module):
@@ -99,7 +99,9 @@ def build_model(name: object, input_shape: Sequence[int], classes: int, argument
     factory = MODELS.get(name)
     if factory is None:
         if ":" not in name:
-            raise PrivgradError(f"model.name is {name!r}; {nearest(name, MODELS)} (your own: 'package.module:factory')")
+            raise PrivgradError(
+                f"model.name is {name!r}; known: {', '.join(map(repr, MODELS))} (your own: 'package.module:factory')"
+            )
         factory = _import_factory(name)
     try:
         model = factory(input_shape=tuple(input_shape), classes=classes, **arguments)

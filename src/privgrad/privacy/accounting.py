@@ -153,6 +153,7 @@ def _guide(atoms: Sequence[_Atom], delta: float) -> float:
     return max(found, _spread(atoms))
 
 
+@lru_cache(maxsize=8)
 def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision: Precision) -> PLDAccountant | None:
     """A composed PLD whose grid follows the size of the answer (from RDP, only as a guide) and of one step's loss.
 

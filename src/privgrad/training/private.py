@@ -135,7 +135,8 @@ class Private:
     def _release(self, batch: SampledBatch) -> Release:
         if batch is None or batch is not self._pending:
             raise PrivgradError(
-                f"step() got {_described(batch)}; it takes the one that private.batches() gave last, whose sampling is accounted"
+                f"step() got {_described(batch)}; it takes the batch that private.batches() gave last, whose sampling is "
+                "accounted for, and none from a DataLoader of your own"
             )
         data, fold = batch.take()
         device = next(iter(self._parameters.values())).device

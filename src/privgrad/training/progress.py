@@ -64,16 +64,19 @@ class PlainLines:
     """A line when the notes change, and otherwise every two seconds."""
 
     def start(self, done: int, total: int) -> None:
-        self._total, self._first, self._begun = total, done, time.monotonic()
-        self._printed, self._notes = self._begun, ""
+        self._total, self._printed, self._notes = total, -_SECONDS_BETWEEN_LINES, ""
+        self._first: int | None = None
 
     def step(self, done: int, notes: str) -> None:
         now = time.monotonic()
+        if self._first is None:  # the clock starts behind the first step, which warms up caches and workers
+            self._first, self._begun = done, now
         if notes == self._notes and now - self._printed < _SECONDS_BETWEEN_LINES:
             return
         self._printed, self._notes = now, notes
-        left = (now - self._begun) / max(1, done - self._first) * (self._total - done)
-        print(f"step {done}/{self._total}  {notes}  {left:.0f} s left", file=sys.stderr, flush=True)
+        timed = done - self._first
+        left = f"{(now - self._begun) / timed * (self._total - done):.0f} s left" if timed else ""
+        print("  ".join(filter(None, (f"step {done}/{self._total}", notes, left))), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Run:
     def page(self) -> Path:
         return self.directory / "certificate.html"
 
+    @property
+    def complete(self) -> bool:
+        """True where everything that a finished run holds is there."""
+        return all(path.exists() for path in (self.ledger, self.model, self.certificate, self.markdown, self.page))
+
     def create(self) -> None:
         """Make the directory.
 
@@ -95,10 +101,10 @@ class Run:
         if not self.ledger.exists():
             raise PrivgradError(f"{self.directory} holds no run to resume; start one without --resume")
         before = read_json(self.plan)
-        changed = sorted(key for key in before.keys() | plan.keys() if before.get(key) != plan.get(key))
+        changed = differences(before, plan)
         if changed:
             raise PrivgradError(
-                f"the plan differs from the one that {self.directory} was started with, in: {', '.join(changed)}; "
+                f"the plan differs from the one that {self.directory} was started with: {', '.join(changed)}; "
                 "resume with the same plan, or start another run"
             )
 
@@ -113,7 +119,11 @@ class Run:
             VerificationError: a broken ledger.
             PrivgradError: no ledger.
         """
-        if not self.ledger.exists() and (self.plan.exists() or self.certificate.exists()):
+        if not self.ledger.exists():
+            if not self.plan.exists() and not self.certificate.exists():
+                raise PrivgradError(
+                    f"{self.directory} is not a run (it holds no ledger.jsonl); expected what `train` makes"
+                )
             raise VerificationError(f"{self.ledger} is missing; without its ledger a run has no guarantee")
         record = read_ledger(self.ledger)
         mismatches: list[str] = []
@@ -203,6 +213,22 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 def _shown(events: Counter[DpEvent]) -> str:
     return ", ".join(f"{count} times {canonical_json(event_to_json(event))}" for event, count in events.items())
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two trees of tables differ, in words: key, old value, new value."""
+    found: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {_value(old)} and is {_value(new)}")
+    return found
+
+
+def _value(value: Any) -> str:
+    return "not given" if value is None else repr(dict(value) if isinstance(value, Mapping) else value)
 
 
 def _collect(mismatches: list[str], check: Any, record: Record) -> None:

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
-from privgrad.errors import PrivgradError
-from privgrad.files import canonical_json, file_digest, write_atomically
+from privgrad.errors import PrivgradError, command
+from privgrad.files import canonical_json, file_digest, read_json, write_atomically
 from privgrad.gradients.contract import Engine, LossFn, Tree
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.accounting import Precision
@@ -123,7 +123,7 @@ class Trainer:
             raise
 
     def fit(self) -> Result:
-        """Run the steps that are left, then write model and certificate.
+        """Run the steps that are left, then write model and certificate. A run that has them already is left as it is.
 
         Raises:
             InterruptedRunError: Ctrl-C (after the step at hand, with a checkpoint; a second one stops at once).
@@ -132,13 +132,15 @@ class Trainer:
         ledger = self.private.ledger
         bar.start(ledger.count, self.plan.steps)
         try:
-            with _stop_requests() as stop:
-                self._loop(bar, stop)
-            self._save()
+            complete = self.run.complete
+            if not complete:
+                with _stop_requests() as stop:
+                    self._loop(bar, stop)
+                self._save()
             if self._average is not None:
                 self._average.copy_to_model()
             self.private.finalize()
-            return self._finish()
+            return self._earlier() if complete else self._finish()
         finally:
             bar.stop()
             ledger.close()
@@ -159,6 +161,8 @@ class Trainer:
                 self._average.update(self._applied)
             if ledger.count % self._every == 0 or ledger.count == self.plan.steps:
                 notes = self._measure()
+            elif not notes:
+                notes = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)}"
             bar.step(ledger.count, notes)
             now = time.monotonic()
             if stop.is_set() or (now - saved) * _CHECKPOINT_SHARE >= cost:
@@ -168,7 +172,7 @@ class Trainer:
             if stop.is_set() and ledger.count < self.plan.steps:
                 raise InterruptedRunError(
                     f"stopped after step {ledger.count} of {self.plan.steps}, nothing is lost; go on with: "
-                    f"privgrad train --resume --out {self.run.directory}"
+                    f"{command()} train --resume --out {self.run.directory}"
                 )
 
     def _measure(self) -> str:
@@ -241,6 +245,14 @@ class Trainer:
                 f"{self.run.checkpoint} does not fit this model and optimizer, or is damaged: {str(error).splitlines()[0]}; "
                 "resume with the ones that started the run"
             ) from error
+
+    def _earlier(self) -> Result:
+        """The result of a run that was finished before, from its certificate."""
+        stored, record = read_json(self.run.certificate), self.private.ledger.record
+        metrics = (stored.get("evaluation") or {}).get("metrics", {})
+        multiplier = self.plan.facts().noise_multiplier
+        accuracy = metrics.get("test_accuracy")
+        return Result(record.spent(), self.plan.delta, record.count, multiplier, accuracy, self.run.directory)
 
     def _finish(self) -> Result:
         record = self.private.ledger.record
