@@ -15,7 +15,7 @@ from privgrad.mechanism.sampling import (
     ShuffledBatches,
     TruncatedPoissonSampling,
 )
-from privgrad.privacy.adjacency import Adjacency, Example
+from privgrad.privacy.adjacency import Adjacency, Example, User
 from privgrad.privacy.events import Accountant
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
@@ -41,6 +41,7 @@ __all__ = [
     "Spent",
     "Trainer",
     "TruncatedPoissonSampling",
+    "User",
     "VerificationError",
     "dp_sgd",
     "make_private",

@@ -72,7 +72,7 @@ def test_every_key_of_the_design_has_a_default() -> None:
     assert {section: set(values) for section, values in complete({}).items()} == {
         "data": {"source", "test"},
         "model": {"name", "arguments"},
-        "privacy": {"epsilon", "delta", "adjacency", "accountant"},
+        "privacy": {"epsilon", "delta", "adjacency", "accountant", "disclose"},
         "plan": {"steps", "epochs", *KINDS},
         "optimizer": {"name", "lr"},
         "training": {"seed", "evaluations", "averaging"},
@@ -82,7 +82,13 @@ def test_every_key_of_the_design_has_a_default() -> None:
 
 def test_the_defaults_promise_what_the_design_says() -> None:
     config = complete({})
-    assert config["privacy"] == {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld"}
+    assert config["privacy"] == {
+        "epsilon": None,
+        "delta": 1e-5,
+        "adjacency": "zero_out",
+        "accountant": "pld",
+        "disclose": [],
+    }
     assert DEFAULT_EPSILON == 3.0, "where neither epsilon nor a multiplier is given"
     assert config["data"] == {"source": "digits", "test": "held-out"}
     stages = {name: config["plan"][name] for name in KINDS}

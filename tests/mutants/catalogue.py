@@ -18,6 +18,8 @@ TRAINER = "tests/training/test_trainer.py"
 PRIVATE = "tests/training/test_private.py"
 CERTIFICATE = "tests/privacy/test_certificate.py"
 VERIFY = "tests/training/test_verify.py"
+USERS = "tests/training/test_users.py"
+DISCLOSING = "tests/training/test_disclosing.py"
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,41 @@ MUTANTS = (
         (SAMPLING,),
     ),
     Mutant(
+        "each record of a user is a unit of its own weight",
+        "training/units.py",
+        "1.0 / counts.to(torch.float32).repeat_interleave(counts)",
+        "torch.ones(len(rows))",
+        (USERS,),
+    ),
+    Mutant(
+        "a user's records are clipped one by one",
+        "training/units.py",
+        "return Drawn(rows, Fold(index, len(drawn),",
+        "return Drawn(rows, Fold.identity(len(rows))) if len(rows) else Drawn(rows, Fold(index, len(drawn),",
+        (USERS,),
+    ),
+    Mutant(
+        "records are sampled where users are promised",
+        "training/private.py",
+        "self.plan.sampling.draw(self._units.count, step",
+        "self.plan.sampling.draw(self._units.count // 2, step",
+        (USERS,),
+    ),
+    Mutant(
+        "the training loss is written though nobody asked",
+        "training/trainer.py",
+        "        if self.plan.disclose:\n",
+        "        if True:\n",
+        (DISCLOSING,),
+    ),
+    Mutant(
+        "a disclosure that the certificate does not name",
+        "privacy/certificate.py",
+        '"disclosed": list(facts.disclosed),',
+        '"disclosed": [],',
+        (DISCLOSING,),
+    ),
+    Mutant(
         "fixed size is accounted at half the distance",
         "privacy/events.py",
         "gaussian = dp_accounting.GaussianDpEvent(doubled)",
@@ -229,7 +266,7 @@ MUTANTS = (
     Mutant(
         "a truncated batch keeps its first records",
         "mechanism/sampling.py",
-        "drawn[_permutation(len(drawn), source)[: self.max_batch_size]]",
+        "drawn[source.permutation(len(drawn))[: self.max_batch_size]]",
         "drawn[: self.max_batch_size]",
         (SAMPLING,),
     ),

@@ -27,8 +27,9 @@ from privgrad.privacy.ledger import read_ledger
 from privgrad.training import trainer as trainer_module
 from privgrad.training.averaging import ExponentialAverage
 from privgrad.training.checkpoint import load_tree
+from privgrad.training.interrupt import InterruptedRunError
 from privgrad.training.run import Run
-from privgrad.training.trainer import InterruptedRunError, Trainer
+from privgrad.training.trainer import Trainer
 
 STEPS = 6
 SEED = 918273645546372819
@@ -540,7 +541,7 @@ def test_a_lost_step_does_not_give_its_noise_to_another_one(
     tmp_path: Path, saved_every_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seeded noise is indexed by the charge, so that the same noise is never added to two different sums."""
-    asked: dict[str, list[int]] = {"noise": [], "sampling": []}
+    asked: dict[str, list[int]] = {"noise": [], "sampling": [], "records": []}
     original = SeededSource.at
 
     def watched(self: SeededSource, step: int) -> SeededSource:

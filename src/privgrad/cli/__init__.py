@@ -8,7 +8,7 @@ import typer
 
 from privgrad.cli import calibrate, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
-from privgrad.training.trainer import InterruptedRunError
+from privgrad.training.interrupt import InterruptedRunError
 
 app = typer.Typer(
     name="privgrad",

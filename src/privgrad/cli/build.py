@@ -35,6 +35,7 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
         adjacency=privacy["adjacency"],
         accountant=privacy["accountant"],
         delta=privacy["delta"],
+        disclose=privacy["disclose"],
         **stages,
     )
     epsilon, multiplier = privacy["epsilon"], stages["noise"].multiplier
@@ -150,7 +151,13 @@ def plan_for_numbers(
     """The plan that plain numbers on the command line describe: Poisson sampled Gaussian steps."""
     plan = build_plan(
         {
-            "privacy": {"epsilon": None, "delta": delta, "adjacency": adjacency, "accountant": accountant},
+            "privacy": {
+                "epsilon": None,
+                "delta": delta,
+                "adjacency": adjacency,
+                "accountant": accountant,
+                "disclose": (),
+            },
             "plan": {
                 **dict.fromkeys(KINDS),
                 "protects": {"kind": "example"},

@@ -15,7 +15,7 @@ from privgrad.mechanism.plan import KINDS
 DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"source": "digits", "test": "held-out"},
     "model": {"name": "mlp", "arguments": {}},
-    "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld"},
+    "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld", "disclose": []},
     "plan": {
         "steps": None,
         "epochs": None,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from privgrad.errors import check_number
+from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.stage import Block, Clipping, Stage, State, Thresholds
 
 
@@ -43,19 +44,25 @@ class FlatClipping(Stage):
 class ClippingRule:
     """A clipping stage as an engine sees it: weights for finite norms, 0 for the others, side releases into their sum.
 
-    side: a thresholds stage, its state and the [blocks] sum that its side contributions are added to; or None.
+    side: a thresholds stage, its state and the [blocks] sum that its side contributions are added to; or None. watch: keeps what
+    the plan discloses of clipping.
 
     Guarantee: a unit (for separable rules: a unit's block) whose norm is not finite contributes exactly zero, to the gradient
     and to the side release.
     """
 
     def __init__(
-        self, clipping: Clipping, thresholds: Tensor, side: tuple[Thresholds, State, Tensor] | None = None
+        self,
+        clipping: Clipping,
+        thresholds: Tensor,
+        side: tuple[Thresholds, State, Tensor] | None = None,
+        watch: ClippingWatch | None = None,
     ) -> None:
         self.separable = clipping.separable
         self._clipping = clipping
         self._thresholds = thresholds
         self._side = side
+        self._watch = watch
 
     def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
         """See `gradients.contract.Rule`."""
@@ -68,4 +75,7 @@ class ClippingRule:
         if self._side is not None:
             stage, state, sums = self._side
             sums[columns] += torch.where(finite, stage.side(state, safe, columns), zero).sum(0)
-        return torch.where(finite, self._clipping.weights(safe, self._thresholds.to(norms)[columns]), zero)
+        weights = torch.where(finite, self._clipping.weights(safe, self._thresholds.to(norms)[columns]), zero)
+        if self._watch is not None:
+            self._watch.add(norms, weights)
+        return weights

@@ -17,6 +17,7 @@ from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
 from privgrad.mechanism.noise import SECRET, GaussianNoise
 from privgrad.mechanism.sampling import (
     FixedSizeSampling,
@@ -28,14 +29,14 @@ from privgrad.mechanism.sampling import (
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import Precision
-from privgrad.privacy.adjacency import Adjacency, Example
+from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
 from privgrad.privacy.calibration import calibrate
 from privgrad.privacy.certificate import PlanFacts
 from privgrad.privacy.events import Accountant, Sampled, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
 
 KINDS: dict[str, dict[str, type[Any]]] = {
-    "protects": {"example": Example},
+    "protects": {"example": Example, "user": User},
     "sampling": {
         stage.kind: stage
         for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
@@ -67,7 +68,8 @@ class Plan:
     """One differentially private training mechanism.
 
     steps: how many steps may be charged. Steps lost in a crash count, so that the budget holds whatever happens.
-    delta: the delta at which epsilon is stated.
+    delta: the delta at which epsilon is stated. disclose: names of un-noised quantities that the user asks for
+    (`mechanism.disclosure`); the guarantee does not cover them, and the certificate says so.
 
     Guarantee: running the plan is (epsilon(delta), delta)-DP for every delta, for the unit `protects` and the adjacency.
 
@@ -80,7 +82,7 @@ class Plan:
     steps: int
     noise: Noise = GaussianNoise()
     clipping: Clipping = FlatClipping()
-    protects: Example = Example()
+    protects: Protects = Example()
     groups: Groups | None = None
     compression: Compression | None = None
     thresholds: Thresholds | None = None
@@ -89,17 +91,21 @@ class Plan:
     adjacency: Adjacency = Adjacency.ZERO_OUT
     accountant: Accountant = Accountant.PLD
     delta: float = 1e-5
+    disclose: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         check_number("delta", self.delta, above=0, below=1)
         object.__setattr__(self, "adjacency", _choice("adjacency", Adjacency, self.adjacency))
         object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))
+        object.__setattr__(self, "disclose", check_disclosures(self.disclose))
         for name, protocol in _PROTOCOLS.items():
             value = getattr(self, name)
             optional = value is None and name not in ("sampling", "clipping", "noise")
             if not optional and not isinstance(value, protocol):
                 raise PrivgradError(f"{name} is {value!r}; expected a {protocol.__name__} stage")
+        if not isinstance(self.protects, Protects):
+            raise PrivgradError(f"protects is {self.protects!r}; expected Example() or User(key)")
         self.sampling.check(self.adjacency)
         if self.sampling.sampled is not None:
             relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)
@@ -176,19 +182,22 @@ class Plan:
     @property
     def words(self) -> dict[str, str]:
         """What each stage does, for the certificate."""
-        unit = self.protects.words
-        stages = {name: getattr(self, name) for name in KINDS if name != "protects"}
-        return {name: chosen.words.format(unit=unit) for name, chosen in stages.items() if chosen is not None}
+        unit = self.protects.unit
+        stages = {name: getattr(self, name) for name in KINDS}
+        if isinstance(self.protects, Example):
+            del stages["protects"]
+        return {name: chosen.words.replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None}
 
     def facts(self) -> PlanFacts:
         """What the certificate says of this plan."""
         return PlanFacts(
             plan=self.to_json(),
             words=self.words,
-            unit=self.protects.words,
+            unit=self.protects.unit,
             noise_multiplier=float(self.noise.multiplier or 0.0),
             seeded=self.noise.insecure_seed is not None,
             steps=self.steps,
+            disclosed=tuple(DISCLOSURES[name].replace("{unit}", self.protects.unit) for name in self.disclose),
         )
 
     def terms(self) -> Terms:
@@ -249,7 +258,7 @@ def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
         return SECRET  # plans are published; whoever has the seed can take the noise away
     if isinstance(value, int) and not isinstance(value, bool) and "float" in str(field.type):
         return float(value)
-    return value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def stage_from_json(slot: str, data: Any) -> Any:

@@ -35,6 +35,10 @@ class Source(Protocol):
         """[count] int64, uniform on 0..high-1."""
         ...
 
+    def permutation(self, count: int) -> Tensor:
+        """[count] int64: a uniformly random order of 0..count-1."""
+        ...
+
 
 class SecureSource:
     """AES-256 in counter mode (the `cryptography` package), keyed by the operating system.
@@ -69,6 +73,9 @@ class SecureSource:
             words = self._words(count)
             found = torch.cat([found, words[words < limit] % high])
         return found[:count]
+
+    def permutation(self, count: int) -> Tensor:
+        return _order(self, count)
 
     def _words(self, count: int) -> Tensor:
         """[count] int64, uniform on 0..2^53-1."""
@@ -105,6 +112,17 @@ class SeededSource:
 
     def integers(self, count: int, high: int) -> Tensor:
         return torch.randint(high, (count,), generator=self._generator)
+
+    def permutation(self, count: int) -> Tensor:
+        return _order(self, count)
+
+
+def _order(source: Source, count: int) -> Tensor:
+    # Sorted by independent keys. Where two keys are equal, all are drawn again: every order is then equally likely.
+    while True:
+        keys, order = source.integers(count, 2**53).sort()
+        if not bool((keys[1:] == keys[:-1]).any()):
+            return order
 
 
 def _below(words: Tensor, probability: float) -> Tensor:

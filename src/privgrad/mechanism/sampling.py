@@ -173,7 +173,7 @@ class TruncatedPoissonSampling(_Sampling):
         drawn = source.coins(units, self.probability).nonzero().flatten()
         if len(drawn) <= self.max_batch_size:
             return drawn
-        return drawn[_permutation(len(drawn), source)[: self.max_batch_size]].sort().values
+        return drawn[source.permutation(len(drawn))[: self.max_batch_size]].sort().values
 
     @property
     def words(self) -> str:
@@ -222,7 +222,7 @@ class FixedSizeSampling(Stage):
         return steps
 
     def draw(self, units: int, step: int, source: Source) -> Tensor:
-        return _permutation(units, source)[: self.batch_size].sort().values
+        return source.permutation(units)[: self.batch_size].sort().values
 
     @property
     def words(self) -> str:
@@ -356,11 +356,3 @@ def _check_batches(batch_size: int, dataset_size: int | None) -> None:
     if dataset_size is not None:
         check_count("sampling.dataset_size", dataset_size)
         check_number("sampling.batch_size (with this dataset_size)", batch_size, at_most=dataset_size)
-
-
-def _permutation(count: int, source: Source) -> Tensor:
-    """A uniformly random order of 0..count-1, by sorting independent keys; where two are equal, all are drawn again."""
-    while True:
-        keys, order = source.integers(count, 2**53).sort()
-        if not bool((keys[1:] == keys[:-1]).any()):
-            return order

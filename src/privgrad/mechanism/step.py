@@ -27,6 +27,7 @@ from privgrad.gradients.contract import (
     trainable,
 )
 from privgrad.mechanism.clipping import ClippingRule
+from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import Source, source
@@ -58,6 +59,8 @@ class StepRunner:
     public: Any = None
     reduce: Reduce | None = None
     states: dict[str, State] = field(default_factory=dict)
+    disclosed: dict[str, float] = field(default_factory=dict, init=False)
+    """Without noise, and only what the plan's `disclose` names: of the last step."""
 
     def __post_init__(self) -> None:
         self._parameters = trainable(self.model)
@@ -100,6 +103,9 @@ class StepRunner:
         noised = self.plan.noise.add(sums, receipt, self._noise)
         self._check(noised)
         release = self._last_stage(noised, rate)
+        if self._watch is not None:
+            seen = self._watch.values(fold.units)
+            self.disclosed = {name: seen[name] for name in self.plan.disclose if name in seen}
         self.states = {name: stage.update(self.states[name], release) for name, stage in self._stages.items()}
         return release
 
@@ -137,11 +143,13 @@ class StepRunner:
         side = None
         if plan.thresholds is not None and side_bound is not None:
             side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
-        rule = ClippingRule(plan.clipping, thresholds, side)
+        watch = ClippingWatch() if plan.disclose else None
+        rule = ClippingRule(plan.clipping, thresholds, side, watch)
         request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink)
         if len(fold.index):
             self.engine.accumulate(self.model, self.loss_fn, request)
         self._encoding = encoding
+        self._watch = watch
         return ClippedSum(parts, sink.views, sink.flat, grouped)
 
     def refresh(self) -> None:

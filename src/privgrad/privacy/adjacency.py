@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
+from privgrad.errors import PrivgradError, check_count
+
 
 class Adjacency(StrEnum):
     """Which pairs of data sets the guarantee makes hard to tell apart.
@@ -38,6 +40,46 @@ class Example:
     kind: ClassVar[str] = "example"
 
     @property
-    def words(self) -> str:
+    def unit(self) -> str:
         """What one unit is called in the certificate."""
         return "record"
+
+    @property
+    def words(self) -> str:
+        """What one unit contributes to a step, for the certificate."""
+        return "each record by itself"
+
+
+@dataclass(frozen=True)
+class User:
+    """Protects each user: all records with one key together, however many they are.
+
+    key: the column that says whose record it is. max_records: how many records of a user enter a step at most, chosen at random
+    for each step; a constant that is fixed without looking at the data (it changes what is learned, not what is promised).
+    """
+
+    kind: ClassVar[str] = "user"
+
+    key: str = ""
+    max_records: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not self.key:
+            raise PrivgradError(
+                f"protects.key is {self.key!r}; expected the name of the column that says whose record it is"
+            )
+        check_count("protects.max_records", self.max_records)
+
+    @property
+    def unit(self) -> str:
+        return "user"
+
+    @property
+    def words(self) -> str:
+        return (
+            f"each user, that is all records with one value of {self.key!r}, as the mean over at most {self.max_records} of "
+            "its records, drawn anew in each step"
+        )
+
+
+Protects = Example | User

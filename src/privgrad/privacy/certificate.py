@@ -66,6 +66,7 @@ class PlanFacts:
     """What a certificate needs to know of a plan: its JSON, what its stages do in words, and a few of its numbers.
 
     unit: one unit of privacy, in a word. seeded: the noise comes from a seed that must stay secret.
+    disclosed: what leaves the training without noise because the user asked for it, in words.
     """
 
     plan: Mapping[str, Any]
@@ -74,6 +75,7 @@ class PlanFacts:
     noise_multiplier: float
     seeded: bool
     steps: int
+    disclosed: tuple[str, ...] = ()
 
 
 def make_certificate(
@@ -121,7 +123,7 @@ def make_certificate(
             "declared": evaluation.declared,
             "metrics": {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()},
         },
-        "disclosed": [],
+        "disclosed": list(facts.disclosed),
         "not_covered": list(_NOT_COVERED),
         "ledger": {"steps": record.count, "head": record.head},
         "plan": dict(facts.plan),
@@ -169,10 +171,12 @@ def statement(certificate: Mapping[str, Any]) -> str:
     """The claim in one sentence."""
     if not certificate["guarantee"]:
         return "NO GUARANTEE: this model was trained without enough noise to protect anyone."
-    seed = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
+    limits = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
+    if certificate["disclosed"]:
+        limits += f" It does not cover what was shown without noise on request: {'; '.join(certificate['disclosed'])}."
     return (
         f"This model was trained with differential privacy: epsilon = {rounded_epsilon(certificate)}, "
-        f"delta = {plain_delta(certificate)}, for each {certificate['unit']} of the training data.{seed}"
+        f"delta = {plain_delta(certificate)}, for each {certificate['unit']} of the training data.{limits}"
     )
 
 
@@ -219,6 +223,7 @@ def to_markdown(certificate: Mapping[str, Any]) -> str:
         "## What is not covered",
         "",
         *[f"- {text}" for text in c["not_covered"]],
+        *[f"- Shown without noise, because the user asked for it by name: {text}." for text in c["disclosed"]],
         "",
     ]
     if c["evaluation"] is not None:

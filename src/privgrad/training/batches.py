@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,14 @@ class SampledBatch:
         return self.data, self.fold
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """PRIVATE. The rows of one step, in the order of their units, and how they fold into units."""
+
+    rows: Tensor
+    fold: Fold
+
+
 class _Rows(Dataset[Any]):
     """A map-style data set asked for whole lists of rows: collated in the worker, with empty lists handled.
 
@@ -55,15 +64,16 @@ class _Rows(Dataset[Any]):
     def __len__(self) -> int:
         return size_of(self.dataset)
 
-    def __getitem__(self, indices: Tensor) -> tuple[int, Tree]:
-        """The number of units that were drawn, and their collated rows (None for none)."""
+    def __getitem__(self, drawn: Drawn) -> tuple[Fold, Tree]:
+        """The fold, and the collated rows (None for none)."""
+        indices = drawn.rows
         if len(indices) == 0:
-            return 0, None
+            return drawn.fold, None
         if type(self.dataset) is TensorDataset and self.collate_fn is None:
-            return len(indices), tuple(tensor[indices] for tensor in self.dataset.tensors)
+            return drawn.fold, tuple(tensor[indices] for tensor in self.dataset.tensors)
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
-        return len(indices), (self.collate_fn or default_collate)(rows)
+        return drawn.fold, (self.collate_fn or default_collate)(rows)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
@@ -86,13 +96,13 @@ def _as_is(item: Tree) -> Tree:
 
 def sampled_batches(
     dataset: Dataset[Any],
-    draws: Iterator[Tensor],
+    draws: Iterator[Drawn],
     *,
     collate_fn: Callable[[list[Any]], Tree] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[SampledBatch]:
-    """One batch per draw of unit indices. An empty draw gives a batch with data None: a step like any other."""
+    """One batch per draw. An empty draw gives a batch with data None: a step like any other."""
     loader = DataLoader(
         _Rows(dataset, collate_fn),
         sampler=draws,
@@ -102,13 +112,14 @@ def sampled_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # of its own: making a loader must not move the user's (dropout, after a resume)
     )
-    for drawn, data in loader:
+    for fold, data in loader:
+        rows = len(fold.index)
         for leaf in pytree.tree_leaves(data):
-            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != drawn):
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != rows):
                 # Without its first dimension: the size of a sampled batch is private.
                 shape = ", ".join(["rows", *map(str, leaf.shape[1:])]) if leaf.dim() else ""
                 raise PrivgradError(
                     f"the collated batch has a tensor of shape [{shape}] with another number of rows than records were "
                     "drawn; expected the record as first dimension of every tensor, one row each"
                 )
-        yield SampledBatch(data, Fold.identity(drawn))
+        yield SampledBatch(data, fold)

@@ -23,7 +23,8 @@ from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.training.batches import SampledBatch, sampled_batches, size_of
+from privgrad.training.batches import Drawn, SampledBatch, sampled_batches
+from privgrad.training.units import Keys, Units, units_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Private:
         runner: StepRunner,
         collate_fn: Callable[[list[Any]], Tree] | None,
         workers: int,
+        units: Units,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -61,6 +63,8 @@ class Private:
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._workers = workers
+        self._units = units
+        self._records = runner.source("records")
         self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
@@ -84,11 +88,7 @@ class Private:
         """
         self._iterators += 1
         current = self._iterators
-        units = size_of(self._dataset)
-        first = self.ledger.count + 1
-        draws = (
-            self.plan.sampling.draw(units, step, self._sampling.at(step)) for step in range(first, self.plan.steps + 1)
-        )
+        draws = (self._draw(step) for step in range(self.ledger.count + 1, self.plan.steps + 1))
         pin = next(iter(self._parameters.values())).is_cuda
         for batch in sampled_batches(
             self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin
@@ -101,6 +101,10 @@ class Private:
                 )
             self._pending = batch
             yield batch
+
+    def _draw(self, step: int) -> Drawn:
+        drawn = self.plan.sampling.draw(self._units.count, step, self._sampling.at(step))
+        return self._units.rows(drawn, self._records.at(step))
 
     def step(self, batch: SampledBatch) -> None:
         """One private step: clip, sum, charge, noise, and move the weights by the optimizer (or by mixing)."""
@@ -122,6 +126,11 @@ class Private:
         if self.plan.mixing is not None:
             raise RefusedError("backward() would give away the gradient before mixing; use step() with a mixing plan")
         self._fill(self._release(batch))
+
+    @property
+    def disclosed(self) -> dict[str, float]:
+        """What the last step gives away without noise, because the plan names it (`disclose`); empty by default."""
+        return dict(self.runner.disclosed)
 
     def finalize(self) -> None:
         """Bring what depends on the weights (public statistics) up to date with the final ones."""
@@ -165,6 +174,7 @@ def make_private(
     plan: Plan,
     loss_fn: LossFn,
     *,
+    keys: Keys | None = None,
     public: Any = None,
     collate_fn: Callable[[list[Any]], Tree] | None = None,
     workers: int = 0,
@@ -175,7 +185,8 @@ def make_private(
     """Train `model` privately in your own loop. The model is neither wrapped nor renamed.
 
     loss_fn: loss_fn(model, batch) -> losses [rows]; `supervised(F.cross_entropy)` for (input, target) pairs.
-    public: data that is not private, for stages that use some. collate_fn, workers: as for torch's DataLoader.
+    keys: whose record each row is, where the plan protects users. public: data that is not private, for stages that use some.
+    collate_fn, workers: as for torch's DataLoader.
     engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory.
     reduce: sums a buffer over data-parallel workers.
 
@@ -183,12 +194,13 @@ def make_private(
         PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters.
         RefusedError: a model that couples examples, with the ways out.
     """
-    plan = plan.for_dataset(size_of(dataset))
+    units = units_of(dataset, plan.protects, keys)
+    plan = plan.for_dataset(units.count)
     check_private(model, optimizer, plan)
     chosen = VmapEngine() if engine is None else engine
     ledger = Ledger(plan.terms()) if ledger is None else ledger
     runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
-    return Private(model, optimizer, dataset, runner, collate_fn, workers)
+    return Private(model, optimizer, dataset, runner, collate_fn, workers, units)
 
 
 def check_private(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:

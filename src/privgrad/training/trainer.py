@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,17 @@ from privgrad.privacy.certificate import Evaluation, make_certificate, round_up,
 from privgrad.privacy.ledger import Ledger
 from privgrad.report.certificate_page import to_html
 from privgrad.training.averaging import AveragedWeights, ExponentialAverage
-from privgrad.training.batches import size_of
 from privgrad.training.checkpoint import load_tree, save_tree, save_weights
+from privgrad.training.disclosing import training_metrics
 from privgrad.training.evaluation import DeclaredSplit, accuracy
+from privgrad.training.interrupt import InterruptedRunError, stop_requests
 from privgrad.training.private import check_private, make_private
 from privgrad.training.progress import ProgressDisplay, display
 from privgrad.training.run import Run, certificate_text, plan_text
+from privgrad.training.units import Keys, units_of
 
 _CHECKPOINT_SHARE = 0.05
 """The share of the time that checkpoints may take: a small model gets one after nearly every step."""
-
-
-class InterruptedRunError(PrivgradError):
-    """The user stopped the run. Everything is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class Trainer:
         directory: Path | str,
         test: DeclaredSplit | None = None,
         schedule: LRScheduler | None = None,
+        keys: Keys | None = None,
         public: Any = None,
         collate_fn: Callable[[list[Any]], Tree] | None = None,
         workers: int = 0,
@@ -88,7 +87,7 @@ class Trainer:
         resume: bool = False,
         quiet: bool = False,
     ) -> None:
-        self.plan = plan.for_dataset(size_of(dataset))
+        self.plan = plan.for_dataset(units_of(dataset, plan.protects, keys).count)
         check_private(model, optimizer, self.plan)
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(
@@ -98,6 +97,7 @@ class Trainer:
         self.model, self.optimizer, self.schedule, self.test = model, optimizer, schedule, test
         self._data_name, self._quiet, self._config = data_name, quiet, config
         self._every = max(1, self.plan.steps // max(1, evaluations))
+        self._training_metrics = partial(training_metrics, self.plan.disclose, model, loss_fn, dataset, collate_fn)
         self._applied = 0
         self._average = None if averaging is None else AveragedWeights(model, averaging)
         ledger = self._open_ledger(resume)
@@ -107,6 +107,7 @@ class Trainer:
             dataset,
             self.plan,
             loss_fn,
+            keys=keys,
             public=public,
             collate_fn=collate_fn,
             workers=workers,
@@ -134,7 +135,7 @@ class Trainer:
         try:
             complete = self.run.complete
             if not complete:
-                with _stop_requests() as stop:
+                with stop_requests() as stop:
                     self._loop(bar, stop)
                 self._save()
             if self._average is not None:
@@ -192,6 +193,9 @@ class Trainer:
             with nullcontext() if self._average is None else self._average.applied():
                 entry["test_accuracy"] = accuracy(self.model, self.test)
             notes += f"  {self.test.name} accuracy {entry['test_accuracy']:.1%}"
+        if self.plan.disclose:
+            with nullcontext() if self._average is None else self._average.applied():
+                entry["disclosed"] = self.private.disclosed | self._training_metrics()
         with self.run.metrics.open("a") as stream:
             stream.write(canonical_json(entry) + "\n")
         return notes
@@ -276,24 +280,3 @@ class Trainer:
         return Result(
             record.spent(), self.plan.delta, record.count, facts.noise_multiplier, reached, self.run.directory
         )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or a polite kill) sets; the second one is an ordinary KeyboardInterrupt."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

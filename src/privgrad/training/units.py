@@ -1,0 +1,107 @@
+"""What the sampler draws from: the units of a data set, and the rows of each."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from privgrad.errors import PrivgradError
+from privgrad.gradients.contract import Fold
+from privgrad.mechanism.randomness import Source
+from privgrad.privacy.adjacency import Protects, User
+from privgrad.training.batches import Drawn, size_of
+
+Keys = Iterable[Hashable] | Tensor
+"""One key per row: whose record it is."""
+
+
+class Units(Protocol):
+    """The units of one data set."""
+
+    @property
+    def count(self) -> int:
+        """How many units there are."""
+        ...
+
+    def rows(self, drawn: Tensor, source: Source) -> Drawn:
+        """The rows of the units `drawn` (increasing), and how they fold into them."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowUnits:
+    """Every row is a unit."""
+
+    count: int
+
+    def rows(self, drawn: Tensor, source: Source) -> Drawn:
+        return Drawn(drawn, Fold.identity(len(drawn)))
+
+
+class UserUnits:
+    """Every user is a unit: the rows that share a key.
+
+    Guarantee: a user's vector in a step depends on that user's rows only: the mean over at most `max_records` of them, drawn
+    uniformly and independently of what they and all others hold.
+    """
+
+    def __init__(self, users: Tensor, max_records: int) -> None:
+        """users: [rows] int64, each row's user in 0..users-1."""
+        self.max_records = max_records
+        self._rows = users.argsort(stable=True)
+        self._counts = users.bincount()
+        self._ends = self._counts.cumsum(0)
+
+    @property
+    def count(self) -> int:
+        return len(self._counts)
+
+    def rows(self, drawn: Tensor, source: Source) -> Drawn:
+        chosen = [self._records(int(user), source) for user in drawn]
+        counts = torch.tensor([len(rows) for rows in chosen], dtype=torch.int64)
+        index = torch.arange(len(drawn)).repeat_interleave(counts)
+        rows = torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64)
+        return Drawn(rows, Fold(index, len(drawn), 1.0 / counts.to(torch.float32).repeat_interleave(counts)))
+
+    def _records(self, user: int, source: Source) -> Tensor:
+        end, count = int(self._ends[user]), int(self._counts[user])
+        rows = self._rows[end - count : end]
+        return rows if count <= self.max_records else rows[source.permutation(count)[: self.max_records]].sort().values
+
+
+def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Units:
+    """The units that a plan protects, in a data set whose rows have `keys`.
+
+    Raises:
+        PrivgradError: keys without a plan for users, or the other way round; another number of keys than rows.
+    """
+    size = size_of(dataset)
+    if not isinstance(protects, User):
+        if keys is not None:
+            raise PrivgradError(
+                "keys are given, but the plan protects each record by itself; use protects=User(key), or leave the keys out"
+            )
+        return RowUnits(size)
+    if keys is None:
+        raise PrivgradError(
+            f"the plan protects users, and nobody said whose record each one is; give keys ({protects.key})"
+        )
+    users = _dense(keys)
+    if len(users) != size:
+        raise PrivgradError(f"{len(users)} keys are given for {size} records; expected one each")
+    return UserUnits(users, protects.max_records)
+
+
+def _dense(keys: Keys) -> Tensor:
+    """[rows] int64: the users numbered from 0, in the order of their first row."""
+    values = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+    number: dict[Hashable, int] = {}
+    try:
+        return torch.tensor([number.setdefault(value, len(number)) for value in values], dtype=torch.int64)
+    except TypeError as error:
+        raise PrivgradError(f"a key cannot be compared ({error}); expected one number or text per record") from None
