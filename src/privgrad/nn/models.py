@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
+from privgrad.nn.cnn import DPCNN, FeatureCNN, SmallDPCNN, image_shape
+from privgrad.nn.resnet import WideResNet, resnet18, resnet20
 
 
 class LogisticRegression(nn.Module):
@@ -50,11 +52,7 @@ class LeNet5(nn.Module):
 
     def __init__(self, input_shape: Sequence[int], classes: int) -> None:
         super().__init__()
-        if len(input_shape) != 3 or min(input_shape[1:]) < 8:
-            raise PrivgradError(
-                f"lenet5 needs images [channels, height, width] of at least 8 x 8 pixels; the data has {tuple(input_shape)}"
-            )
-        channels, height, width = input_shape
+        channels, height, width = image_shape("lenet5", input_shape, at_least=8)
         self.pad = nn.ZeroPad2d((0, max(0, 16 - width), 0, max(0, 16 - height)))
         self.features = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
@@ -85,6 +83,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "logistic_regression": LogisticRegression,
     "mlp": MLP,
     "lenet5": LeNet5,
+    "dp_cnn": DPCNN,
+    "dp_cnn_small": SmallDPCNN,
+    "feature_cnn": FeatureCNN,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+    "wrn_16_4": WideResNet,
 }
 """Models by their name in a configuration file: called with input_shape, classes and the configuration's arguments."""
 

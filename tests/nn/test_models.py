@@ -1,0 +1,81 @@
+"""The reference models: sizes as in the papers, shapes, and what a step does to them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import privgrad as pg
+from privgrad.nn.models import MODELS, build_model
+from privgrad.nn.resnet import StandardizedConv2d
+
+CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("dp_cnn", CIFAR, 550_570),
+        ("dp_cnn_small", MNIST, 26_010),
+        ("lenet5", MNIST, 61_706),
+        ("resnet20", CIFAR, 272_474),
+        ("resnet18", CIFAR, 11_173_962),
+        ("wrn_16_4", CIFAR, 2_753_402),
+    ],
+)
+def test_sizes_are_those_of_the_literature(name: str, shape: tuple[int, ...], parameters: int) -> None:
+    model = build_model(name, shape, 10, {})
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_model_takes_one_private_step(name: str) -> None:
+    if name == "resnet18":
+        pytest.skip("as resnet20, forty times as large")
+    torch.manual_seed(0)
+    model = build_model(name, MNIST, 4, {})
+    data = TensorDataset(torch.randn(3, *MNIST), torch.tensor([0, 1, 2]))
+    plan = pg.Plan(sampling=pg.FullBatch(), steps=1, noise=pg.GaussianNoise(multiplier=0.5))
+    running = pg.make_private(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), data, plan, pg.supervised(F.cross_entropy)
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for batch in running.batches():
+        running.step(batch)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["dp_cnn", "dp_cnn_small", "feature_cnn", "lenet5", "resnet20", "wrn_16_4"])
+def test_images_that_are_too_small_are_refused_in_words(name: str) -> None:
+    with pytest.raises(pg.PrivgradError, match=name.split("2")[0] if name == "resnet20" else name):
+        build_model(name, (1, 2, 2), 10, {})
+
+
+@pytest.mark.parametrize(
+    ("choice", "layer"), [("group", nn.GroupNorm), ("batch", nn.BatchNorm2d), ("none", nn.Identity)]
+)
+def test_residual_networks_have_a_choice_of_normalization(choice: str, layer: type[nn.Module]) -> None:
+    model = build_model("resnet20", CIFAR, 10, {"normalization": choice})
+    assert isinstance(model.get_submodule("stem.1"), layer)
+    with pytest.raises(pg.PrivgradError, match="normalization"):
+        build_model("resnet20", CIFAR, 10, {"normalization": "layers"})
+
+
+def test_standardized_weights_have_mean_zero_and_the_variance_of_their_fan_in() -> None:
+    torch.manual_seed(0)
+    convolution = StandardizedConv2d(5, 7, 3, bias=False)
+    with torch.no_grad():
+        convolution.weight.mul_(9.0).add_(2.0)
+    used: list[torch.Tensor] = []
+    with torch.no_grad():
+        # The response to unit impulses is the weight that was used.
+        for channel in range(5):
+            image = torch.zeros(1, 5, 3, 3)
+            image[0, channel, 1, 1] = 1.0
+            used.append(F.pad(convolution(F.pad(image, (1, 1, 1, 1))), (0, 0)).squeeze(0))
+    weight = torch.stack(used, 1).flatten(1)
+    assert weight.mean(1).abs().max() < 1e-6
+    assert torch.allclose(weight.square().sum(1), torch.ones(7), atol=1e-4)
