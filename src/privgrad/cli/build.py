@@ -10,13 +10,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
-from privgrad.data.source import Source, load
+from privgrad.data.settings import read_settings
+from privgrad.data.source import Source, load, training_size
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
 from privgrad.mechanism.sampling import PoissonSampling
+from privgrad.privacy.adjacency import Adjacency
 from privgrad.training.averaging import ExponentialAverage
 
 
@@ -67,7 +69,20 @@ def _steps(steps: Any, epochs: Any, sampling: PoissonSampling) -> int:
 
 def build_data(config: Config) -> Source:
     """The private data and its declared split."""
-    return load(str(config["data"]["source"]))
+    return load(read_settings(config["data"]), _adjacency(config))
+
+
+def data_size(config: Config) -> int:
+    """The number of training records, by no more reading than it takes."""
+    return training_size(read_settings(config["data"]), _adjacency(config))
+
+
+def _adjacency(config: Config) -> Adjacency:
+    name = config["privacy"]["adjacency"]
+    try:
+        return Adjacency(name)
+    except ValueError:
+        raise PrivgradError(f"adjacency is {name!r}; {nearest(str(name), list(Adjacency))}") from None
 
 
 def build_device(config: Config) -> torch.device:

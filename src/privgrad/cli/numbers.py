@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from privgrad.cli.build import build_data, build_plan, plan_for_numbers
-from privgrad.cli.config import DEFAULTS, assign, complete, read_config, section_of
+from privgrad.cli.build import build_plan, data_size, plan_for_numbers
+from privgrad.cli.config import DEFAULTS, assign, complete, read_config, resolved, section_of
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.plan import Plan
 
@@ -51,7 +51,8 @@ def plan_from(
     config = complete(given)
     sampling = config["plan"]["sampling"]
     known = sampling.get("dataset_size") is not None or sampling.get("rate") is not None
-    plan = build_plan(config, None if known else build_data(config).size, calibrated=False)
+    size = None if known else data_size(resolved(config, config_path.parent))
+    plan = build_plan(config, size, calibrated=False)
     target = config["privacy"]["epsilon"]
     return plan, None if target is None else float(target)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from privgrad.data.records import Records
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import Fold, Tree
 
@@ -42,6 +43,19 @@ class SampledBatch:
         return self.data, self.fold
 
 
+def taker(dataset: Dataset[Any]) -> Callable[[Tensor], Tree] | None:
+    """What gives the collated batch of a list of rows at once, where the data set is known to have it.
+
+    (Not for subclasses, which may change single records.)
+    """
+    if type(dataset) is Records:
+        return dataset.take
+    if type(dataset) is TensorDataset:
+        tensors = dataset.tensors
+        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    return None
+
+
 class _Rows(Dataset[Any]):
     """A map-style data set asked for whole lists of rows: collated in the worker, with empty lists handled.
 
@@ -59,8 +73,9 @@ class _Rows(Dataset[Any]):
         """The number of units that were drawn, and their collated rows (None for none)."""
         if len(indices) == 0:
             return 0, None
-        if type(self.dataset) is TensorDataset and self.collate_fn is None:
-            return len(indices), tuple(tensor[indices] for tensor in self.dataset.tensors)
+        whole = taker(self.dataset) if self.collate_fn is None else None
+        if whole is not None:
+            return len(indices), whole(indices)
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
         return len(indices), (self.collate_fn or default_collate)(rows)
