@@ -114,26 +114,10 @@ class ParquetColumns(Columns):
 
     def class_names(self, label: str) -> tuple[str, ...] | None:
         """The names of a ClassLabel column in the `huggingface` metadata, where there is one."""
-        text = (self.schema.metadata or {}).get(b"huggingface")
-        if text is None:
-            return None
-        try:
-            feature = json.loads(text)["info"]["features"].get(label)
-            names = feature.get("names") if isinstance(feature, dict) else None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise PrivgradError(
-                f"{self.files} has 'huggingface' metadata that cannot be read; write the file again"
-            ) from error
-        if names is None:
-            return None
-        good = (
-            isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-        )
-        if not good or len(names) < 2:
-            raise PrivgradError(
-                f"{self.files}: the metadata of {label!r} has no list of at least two different class names"
-            )
-        return tuple(names)
+        found = {_class_names(path, file, label) for path, file in zip(self.files.paths, self._open, strict=True)}
+        if len(found) > 1:
+            raise PrivgradError(f"{self.files}: the shards name different classes for {label!r}; write them again")
+        return found.pop()
 
 
 class CsvColumns(Columns):
@@ -224,6 +208,23 @@ def read_keys(columns: Columns, key: str) -> NDArray[Any]:
     with reading(f"key {key!r} of {columns.files}"):
         keys: NDArray[Any] = column.to_numpy(zero_copy_only=False)
     return keys
+
+
+def _class_names(path: Path, file: pyarrow.parquet.ParquetFile, label: str) -> tuple[str, ...] | None:
+    text = (file.schema_arrow.metadata or {}).get(b"huggingface")
+    if text is None:
+        return None
+    try:
+        feature = json.loads(text)["info"]["features"].get(label)
+        names = feature.get("names") if isinstance(feature, dict) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PrivgradError(f"{path} has 'huggingface' metadata that cannot be read; write the file again") from error
+    if names is None:
+        return None
+    good = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    if not good or len(names) < 2:
+        raise PrivgradError(f"{path}: the metadata of {label!r} has no list of at least two different class names")
+    return tuple(names)
 
 
 def _check_not_empty(path: Path) -> None:

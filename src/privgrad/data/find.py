@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,10 @@ class Files:
 
 def data_directory() -> Path:
     """$PRIVGRAD_DATA, or data/ in the current directory."""
-    return Path(os.environ.get("PRIVGRAD_DATA") or "data").expanduser()
+    return _expanded("$PRIVGRAD_DATA", Path(os.environ.get("PRIVGRAD_DATA") or "data"))
 
 
-def locate(key: str, source: str, *, beside: Path | None = None, embedded: Iterable[str] = ()) -> Path:
+def locate(key: str, source: str, *, beside: Path | None = None, embedded: Collection[str] = ()) -> Path:
     """The absolute path that a name in the configuration means.
 
     Looked up in $PRIVGRAD_DATA (but not what begins with "./" or "../"), then beside the configuration file, then as given; an
@@ -65,13 +65,11 @@ def locate(key: str, source: str, *, beside: Path | None = None, embedded: Itera
         if _exists(key, place):
             return place.resolve()
     there = _entries(data_directory())
-    close = difflib.get_close_matches(source, there, n=1)
-    known = [*embedded, *(there if len(there) <= _MOST_NAMES else close)]
+    known = [*embedded, *(there if len(there) <= _MOST_NAMES else difflib.get_close_matches(source, there, n=1))]
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
-    raise PrivgradError(
-        f"{key} is {source!r}, which is {'no embedded data set and ' if embedded else ''}no file or directory "
-        f"(looked for {looked}); {nearest(source, known)}"
-    )
+    what = f"neither an embedded data set ({', '.join(embedded)}) nor" if embedded else "not"
+    hint = f"; {nearest(source, known)}" if known else ""
+    raise PrivgradError(f"{key} is {source!r}, {what} a file or directory (looked for {looked}){hint}")
 
 
 def split_files(path: Path) -> tuple[Files, Files | None]:

@@ -97,6 +97,8 @@ def decode(data: bytes, settings: ImageSettings) -> Pixels:
 def _decode_all(blobs: Iterable[Blob], count: int, settings: ImageSettings, source: Path) -> Pixels:
     out: Pixels | None = None
     done = 0
+    if settings.size is not None:
+        check_memory(str(source), count * settings.size[0] * settings.size[1])
     with Progress(f"decoding {source.parent.name}/{source.name}", count) as progress, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -61,7 +61,7 @@ def _inputs(where: str, name: str, array: NDArray[Any]) -> Tensor:
         )
     with numpy.errstate(over="ignore"):
         values = numpy.ascontiguousarray(array, dtype=numpy.float32)
-    bad = ~numpy.isfinite(values).reshape(len(values), -1).all(axis=1)
+    bad = ~numpy.isfinite(values).all(axis=tuple(range(1, values.ndim)))
     if bad.any():
         raise PrivgradError(
             f"{_row_in(where, name)(int(bad.argmax()))} is not finite; expected float32 numbers without nan and inf"

@@ -17,6 +17,8 @@ Scalar = float | tuple[float, ...]
 Value = str | int | float | bool
 """A value of a categorical column or of a target."""
 
+_LARGEST_SIDE = 8192
+"""Of an image that is resized: within Pillow's limit on pixels."""
 MODES = ("as-is", "gray", "color")
 MISSING = ("refuse", "zero")
 
@@ -43,7 +45,7 @@ class ImageSettings:
                 raise PrivgradError(f"data.images.size is {self.size!r}; expected [height, width] in pixels")
             for side in self.size:
                 check_count("data.images.size", side)
-                check_number("data.images.size", side, at_most=65_535)
+                check_number("data.images.size", side, at_most=_LARGEST_SIDE)
         _one_of("data.images.mode", self.mode, MODES)
         _text("data.images.label", self.label)
         if self.column is not None:
