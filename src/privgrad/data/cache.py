@@ -61,7 +61,7 @@ class Cache:
     def commit(self) -> None:
         """Write what is waiting, and say so. A cache that cannot be written is no reason not to train."""
         waiting, self._waiting = self._waiting, []
-        if self.directory is None or not waiting:
+        if not waiting or self.directory is None:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -110,9 +110,13 @@ class Entry:
                     return None
                 check_memory(str(self.path), size)
                 pixels = numpy.fromfile(stream, dtype=numpy.uint8).reshape(shape)
-                return pixels if zlib.crc32(pixels.data) == header["crc"] else None
+                return pixels if self._checksum(pixels) == header["crc"] else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+    def _checksum(self, pixels: NDArray[numpy.uint8]) -> int:
+        """Of the pixels and of what they are said to be."""
+        return zlib.crc32(pixels.data, zlib.crc32(canonical_json([self._stamp, list(pixels.shape)]).encode()))
 
     def keep(self, pixels: NDArray[numpy.uint8]) -> None:
         """Write the images when the whole data set was found to be good."""
@@ -121,7 +125,7 @@ class Entry:
     def write(self, pixels: NDArray[numpy.uint8]) -> None:
         """Replace the file, or leave it as it was."""
         pixels = numpy.ascontiguousarray(pixels)
-        header = {"stamp": self._stamp, "shape": list(pixels.shape), "crc": zlib.crc32(pixels.data)}
+        header = {"stamp": self._stamp, "shape": list(pixels.shape), "crc": self._checksum(pixels)}
         _remove_stale(self.path.parent, self._name)
         temporary = self.path.with_name(f".{self._name}.{os.getpid()}.tmp")
         try:
