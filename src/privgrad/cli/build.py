@@ -82,7 +82,9 @@ def _adjacency(config: Config) -> Adjacency:
     try:
         return Adjacency(name)
     except ValueError:
-        raise PrivgradError(f"adjacency is {name!r}; {nearest(str(name), list(Adjacency))}") from None
+        raise PrivgradError(
+            f"adjacency is {name!r}; {nearest(str(name), [known.value for known in Adjacency])}"
+        ) from None
 
 
 def build_device(config: Config) -> torch.device:
