@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from examples import foreign_optimizer, own_loop
+from examples.tables import breast_cancer
+
+from privgrad.cli import run as privgrad
+from privgrad.files import read_json
 
 
 def test_own_loop_adds_at_most_six_lines() -> None:
@@ -19,6 +24,16 @@ def test_own_loop_adds_at_most_six_lines() -> None:
 
 def test_another_framework_may_own_the_optimizer() -> None:
     assert foreign_optimizer.main() > 0.85
+
+
+def test_a_table_is_trained_with_one_command(tmp_path: Path) -> None:
+    breast_cancer.main(tmp_path)
+    config = shutil.copy(Path(breast_cancer.__file__).with_suffix(".toml"), tmp_path)
+    assert privgrad(["train", str(config), "--out", str(tmp_path / "run")]) == 0
+    certificate = read_json(tmp_path / "run" / "certificate.json")
+    assert certificate["epsilon"] <= 3
+    assert certificate["evaluation"]["metrics"]["test_accuracy"] > 0.93
+    assert privgrad(["verify", str(tmp_path / "run")]) == 0
 
 
 def test_state_dict_keys_are_unchanged() -> None:

@@ -54,7 +54,7 @@ def check_number(
     if at_most is not None:
         wanted.append(f"at most {at_most:g}")
     expected = "a finite number " + " and ".join(wanted)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
         raise PrivgradError(f"{name} is {value!r}; expected {expected.strip()}")
     inside = (
         (above is None or value > above)
@@ -64,6 +64,13 @@ def check_number(
     )
     if not inside:
         raise PrivgradError(f"{name} is {value!r}; expected {expected}")
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number too large for a float
+        return False
 
 
 def check_count(name: str, value: object, *, at_least: int = 1) -> None:

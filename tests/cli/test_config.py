@@ -22,6 +22,7 @@ from privgrad.cli.config import (
     read_config,
     without_none,
 )
+from privgrad.data.settings import DataSettings, read_settings
 from privgrad.data.source import load
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.clipping import FlatClipping
@@ -70,7 +71,7 @@ def written(path: Path, text: str) -> Path:
 
 def test_every_key_of_the_design_has_a_default() -> None:
     assert {section: set(values) for section, values in complete({}).items()} == {
-        "data": {"source", "test"},
+        "data": {"source", "test", "test_source", "test_share", "cache", "images", "npz", "table"},
         "model": {"name", "arguments"},
         "privacy": {"epsilon", "delta", "adjacency", "accountant", "disclose"},
         "plan": {"steps", "epochs", *KINDS},
@@ -90,7 +91,8 @@ def test_the_defaults_promise_what_the_design_says() -> None:
         "disclose": [],
     }
     assert DEFAULT_EPSILON == 3.0, "where neither epsilon nor a multiplier is given"
-    assert config["data"] == {"source": "digits", "test": "held-out"}
+    assert (config["data"]["source"], config["data"]["test"]) == ("digits", "held-out")
+    assert read_settings(config["data"]) == DataSettings(), "the configuration and the readers have the same defaults"
     stages = {name: config["plan"][name] for name in KINDS}
     kinds = {name: stage["kind"] for name, stage in stages.items() if stage is not None}
     assert kinds == {"protects": "example", "sampling": "poisson", "clipping": "flat", "noise": "gaussian"}

@@ -10,13 +10,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
-from privgrad.data.source import Source, load
+from privgrad.data.settings import read_settings
+from privgrad.data.source import Source, load, training_size
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
 from privgrad.mechanism.stage import Sampling
+from privgrad.privacy.adjacency import Adjacency, User
 from privgrad.training.averaging import ExponentialAverage
 
 
@@ -67,8 +69,32 @@ def _steps(steps: Any, epochs: Any, sampling: Sampling) -> int:
 
 
 def build_data(config: Config) -> Source:
-    """The private data and its declared split."""
-    return load(str(config["data"]["source"]))
+    """The private data and its declared split, with the unit of each record where the plan protects users."""
+    protects = stage_from_json("protects", config["plan"]["protects"])
+    key = protects.key if isinstance(protects, User) else None
+    return load(read_settings(config["data"]), _adjacency(config), key=key)
+
+
+def count_units(config: Config) -> int:
+    """The number of units in the training data, by no more reading than it takes."""
+    if config["plan"]["protects"]["kind"] == User.kind:
+        return units_in(build_data(config))
+    return training_size(read_settings(config["data"]), _adjacency(config))
+
+
+def units_in(source: Source) -> int:
+    """How many units of privacy a source holds: users where it has their keys, records otherwise."""
+    return source.size if source.users is None else source.users
+
+
+def _adjacency(config: Config) -> Adjacency:
+    name = config["privacy"]["adjacency"]
+    try:
+        return Adjacency(name)
+    except ValueError:
+        raise PrivgradError(
+            f"adjacency is {name!r}; {nearest(str(name), [known.value for known in Adjacency])}"
+        ) from None
 
 
 def build_device(config: Config) -> torch.device:

@@ -9,11 +9,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privgrad.data.settings import read_settings
+from privgrad.data.source import located
 from privgrad.errors import PrivgradError, nearest
 from privgrad.mechanism.plan import KINDS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "data": {"source": "digits", "test": "held-out"},
+    "data": {
+        "source": "digits",
+        "test": "held-out",
+        "test_source": None,
+        "test_share": None,
+        "cache": "auto",
+        "images": {
+            "column": None,
+            "label": "label",
+            "classes": None,
+            "size": None,
+            "mode": "as-is",
+            "mean": 0.5,
+            "std": 0.5,
+        },
+        "npz": {"inputs": "x", "labels": "y", "classes": None},
+        "table": None,
+    },
     "model": {"name": "mlp", "arguments": {}},
     "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld", "disclose": []},
     "plan": {
@@ -63,7 +82,17 @@ def complete(given: Mapping[str, Any]) -> Config:
             raise PrivgradError(f"{section} is {values!r}; expected a table, [{section}]")
         for key, value in values.items():
             _put(config, section, key, value)
+    read_settings(config["data"])  # refuses what is unknown or impossible inside its tables
     return config
+
+
+def resolved(config: Config, beside: Path | None) -> Config:
+    """The configuration with absolute paths to its data. beside: the directory of the configuration file.
+
+    Raises:
+        PrivgradError: data that is not found, with the places that were looked at.
+    """
+    return {**config, "data": located(config["data"], beside)}
 
 
 def _put(config: Config, section: str, key: str, value: Any) -> None:
@@ -78,9 +107,9 @@ def _put(config: Config, section: str, key: str, value: Any) -> None:
     if section == "plan" and key in KINDS:
         known[key] = _stage(key, known[key], value)
         return
-    if key == "arguments" and not isinstance(value, Mapping):
+    if key in ("arguments", "images", "npz", "table") and not isinstance(value, Mapping):
         raise PrivgradError(f"{section}.{key} is {value!r}; expected a table")
-    known[key] = value
+    known[key] = {**known[key], **value} if key in ("images", "npz") else value
 
 
 def _stage(slot: str, default: Mapping[str, Any] | None, value: Any) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from privgrad.cli.build import build_data, build_plan, plan_for_numbers
-from privgrad.cli.config import DEFAULTS, assign, complete, read_config, section_of
+from privgrad.cli.build import build_plan, count_units, plan_for_numbers
+from privgrad.cli.config import DEFAULTS, assign, complete, read_config, resolved, section_of
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.plan import Plan, stage_from_json
 
@@ -55,7 +55,8 @@ def plan_from(
         section_of(section_of(given, "plan"), "noise")["multiplier"] = multiplier
     config = complete(given)
     known = stage_from_json("sampling", config["plan"]["sampling"]).sampled is not None
-    plan = build_plan(config, None if known else build_data(config).size, calibrated=False)
+    units = None if known else count_units(resolved(config, config_path.parent))
+    plan = build_plan(config, units, calibrated=False)
     target = config["privacy"]["epsilon"]
     return plan, None if target is None else float(target)
 

@@ -11,8 +11,16 @@ import tomli_w
 import torch
 import typer
 
-from privgrad.cli.build import build_averaging, build_data, build_device, build_engine, build_optimizer, build_plan
-from privgrad.cli.config import Config, assign, complete, read_config, section_of, without_none
+from privgrad.cli.build import (
+    build_averaging,
+    build_data,
+    build_device,
+    build_engine,
+    build_optimizer,
+    build_plan,
+    units_in,
+)
+from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
 from privgrad.cli.numbers import Json, Settings
 from privgrad.cli.output import print_json
 from privgrad.errors import PrivgradError, check_count, check_number, command
@@ -20,7 +28,7 @@ from privgrad.files import read_json
 from privgrad.mechanism.plan import Plan
 from privgrad.nn.models import MODELS, build_model
 from privgrad.privacy.certificate import round_up
-from privgrad.training.evaluation import DeclaredSplit
+from privgrad.training.evaluation import DeclaredSplit, check_declared
 from privgrad.training.loss import supervised
 from privgrad.training.run import Run, differences
 from privgrad.training.trainer import Result, Trainer
@@ -28,7 +36,9 @@ from privgrad.training.trainer import Result, Trainer
 
 def train(
     config: Annotated[Path | None, typer.Argument(help="A configuration file.", show_default=False)] = None,
-    data: Annotated[str | None, typer.Option(help="The private data: an embedded name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The private data: an embedded name, or a path (in $PRIVGRAD_DATA or here).")
+    ] = None,
     model: Annotated[str | None, typer.Option(help=f"{', '.join(MODELS)}, or package.module:factory.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="The privacy budget; 3 by default.")] = None,
     delta: Annotated[float | None, typer.Option(help="delta; 1e-5 by default.")] = None,
@@ -52,12 +62,14 @@ def train(
         if value is not None:
             section_of(given, section)[key] = value
     notes = [assign(given, setting) for setting in settings or []]
+    # What is named on the command line is not looked for beside the configuration file.
+    beside = config.parent if config is not None and data is None else None
     if resume:
         if out is None:
             raise PrivgradError("--resume needs the run directory; give it as --out RUN")
-        complete_config = _resumed_config(Run(out), given)
+        complete_config = _resumed_config(Run(out), given, beside)
     else:
-        complete_config = complete(given)
+        complete_config = resolved(complete(given), beside)
     for note in filter(None, notes):
         print(f"privgrad: {note}", file=sys.stderr)
     if resume and out is not None and Run(out).complete:
@@ -85,10 +97,11 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     check_number("training.seed", training["seed"], at_most=2**63 - 1)
     check_count("training.evaluations", training["evaluations"])
     check_count("run.workers", workers, at_least=0)
-    source = build_data(config)
-    run = Run(out or _new_directory(source.name))
+    check_declared(config["data"]["test"])
     device = build_device(config)
     engine = build_engine(config)
+    source = build_data(config)
+    run = Run(out or _new_directory(source.name))
     split = DeclaredSplit(source.test, config["data"]["test"])
     torch.manual_seed(training["seed"])
     model = build_model(config["model"]["name"], source.input_shape, source.classes, config["model"]["arguments"])
@@ -98,14 +111,15 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
         seed = config["plan"]["noise"].get("insecure_seed")
         plan = Plan.from_json(read_json(run.plan)).with_seed(seed)
     else:
-        plan = build_plan(config, source.size)
-    _warn(plan, source.size)
+        plan = build_plan(config, units_in(source))
+    _warn(plan, units_in(source))
     trainer = Trainer(
         model,
         optimizer,
         source.train,
         plan,
         supervised(torch.nn.functional.cross_entropy),
+        keys=source.keys,
         directory=run.directory,
         test=split,
         schedule=schedule,
@@ -120,13 +134,13 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     return trainer.fit()
 
 
-def _resumed_config(run: Run, given: dict[str, Any]) -> Config:
+def _resumed_config(run: Run, given: dict[str, Any], beside: Path | None) -> Config:
     """The configuration that the run was started with; a given one must be the same."""
     if not run.ledger.exists():
         raise PrivgradError(f"{run.directory} holds no run to resume; start one without --resume")
     before = complete(read_config(run.config))
     if given:
-        changed = differences(without_none(before), without_none(complete(given)))
+        changed = differences(without_none(before), without_none(resolved(complete(given), beside)))
         if changed:
             raise PrivgradError(
                 f"the settings differ from those of the run in {run.directory}: {', '.join(changed)}; resume with the same "

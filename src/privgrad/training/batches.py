@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from privgrad.data.records import Records
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import Fold, Tree
 
@@ -51,6 +52,19 @@ class Drawn:
     fold: Fold
 
 
+def taker(dataset: Dataset[Any]) -> Callable[[Tensor], Tree] | None:
+    """What gives the collated batch of a list of rows at once, where the data set is known to have it.
+
+    (Not for subclasses, which may change single records.)
+    """
+    if type(dataset) is Records:
+        return dataset.take
+    if type(dataset) is TensorDataset:
+        tensors = dataset.tensors
+        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    return None
+
+
 class _Rows(Dataset[Any]):
     """A map-style data set asked for whole lists of rows: collated in the worker, with empty lists handled.
 
@@ -69,8 +83,9 @@ class _Rows(Dataset[Any]):
         indices = drawn.rows
         if len(indices) == 0:
             return drawn.fold, None
-        if type(self.dataset) is TensorDataset and self.collate_fn is None:
-            return drawn.fold, tuple(tensor[indices] for tensor in self.dataset.tensors)
+        whole = taker(self.dataset) if self.collate_fn is None else None
+        if whole is not None:
+            return drawn.fold, whole(indices)
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
         return drawn.fold, (self.collate_fn or default_collate)(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from privgrad.errors import PrivgradError, nearest
+from privgrad.gradients.contract import Tree
+from privgrad.training.batches import taker
 
 DECLARATIONS = ("public", "held-out")
 
@@ -27,8 +30,13 @@ class DeclaredSplit:
     name: str = "test"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.declared, str) or self.declared not in DECLARATIONS:
-            raise PrivgradError(f"data.test is {self.declared!r}; {nearest(str(self.declared), DECLARATIONS)}")
+        check_declared(self.declared)
+
+
+def check_declared(declared: object) -> None:
+    """Refuse what is no declaration of a split."""
+    if not isinstance(declared, str) or declared not in DECLARATIONS:
+        raise PrivgradError(f"data.test is {declared!r}; {nearest(str(declared), DECLARATIONS)}")
 
 
 def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> float:
@@ -39,7 +47,7 @@ def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> 
     right = total = 0
     try:
         with torch.no_grad():
-            for batch in DataLoader(split.dataset, batch_size=batch_size):
+            for batch in _in_order(split.dataset, batch_size):
                 inputs, targets = pytree.tree_map(lambda leaf: leaf.to(device), batch)
                 predictions: Tensor = model(inputs).argmax(1)
                 right += int((predictions == targets).sum())
@@ -50,3 +58,14 @@ def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> 
     if total == 0:
         raise PrivgradError(f"the split {split.name!r} is empty; expected at least one record to evaluate on")
     return right / total
+
+
+def _in_order(dataset: Dataset[Any], batch_size: int) -> Iterator[Tree]:
+    """All records, collated."""
+    take = taker(dataset)
+    if take is None:
+        yield from DataLoader(dataset, batch_size=batch_size)
+        return
+    size = len(dataset)  # type: ignore[arg-type]
+    for start in range(0, size, batch_size):
+        yield take(torch.arange(start, min(size, start + batch_size)))
