@@ -549,7 +549,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(small: Path) -> Non
     before = {path: (file_digest(path), path.stat().st_mtime_ns) for path in small.rglob("*") if path.is_file()}
     again = say("train", "--resume", "--out", small, "--json")
     assert again.code == 0
-    assert f"the run in {small} is finished already; nothing was changed" in again.err
+    assert f"the run in {small} was finished already; nothing was changed" in again.err
     certificate = json.loads((small / "certificate.json").read_text())
     assert again.json["test_accuracy"] == certificate["evaluation"]["metrics"]["test_accuracy"]
     assert again.json["epsilon"] == pytest.approx(certificate["epsilon"], rel=1e-9)

@@ -72,9 +72,10 @@ def train(
         complete_config = resolved(complete(given), beside)
     for note in filter(None, notes):
         print(f"privgrad: {note}", file=sys.stderr)
-    if resume and out is not None and Run(out).complete:
-        print(f"privgrad: the run in {out} is finished already; nothing was changed", file=sys.stderr)
+    finished = resume and out is not None and Run(out).complete
     result = run_training(complete_config, out, resume=resume)
+    if finished:
+        print(f"privgrad: the run in {out} was finished already; nothing was changed", file=sys.stderr)
     if json:
         print_json(
             {
