@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import tomli_w
 
 from privgrad.cli import run as privgrad
 from privgrad.data import images
+from privgrad.data.settings import read_settings
+from privgrad.data.source import load
 from tests.cli.test_commands import Said, refusal, say
 from tests.data.files import TABLE, image_bytes, people, pictures, write_folder, write_images
 
@@ -170,3 +173,31 @@ def test_refusals_are_one_line_and_leave_nothing(elsewhere: Path, settings: list
 def test_the_help_names_the_data_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert privgrad(["train", "--help"]) == 0
     assert "$PRIVGRAD_DATA" in capsys.readouterr().out
+
+
+def test_users_are_protected_by_their_column(tmp_path: Path) -> None:
+    """The plan counts users, also where it is only accounted; without the column nothing is written."""
+    config = table_config(tmp_path / "project")
+    protect = ["--set", "plan.protects.kind=user", "--set", "plan.protects.key=customer"]
+    trained(config, *protect, "--out", tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    table = people(40)
+    side = load(
+        read_settings({"source": str(tmp_path / "project" / "people.csv"), "test_share": 0.3, "table": TABLE}),
+        key="customer",
+    )
+    assert plan["protects"] == {"kind": "user", "key": "customer", "max_records": 16}
+    assert plan["sampling"]["dataset_size"] == side.users < side.size
+    assert side.users <= table["customer"].nunique()
+    certificate = (tmp_path / "run" / "certificate.md").read_text()
+    assert "for each user of the training data" in certificate
+    assert "all records with one value of 'customer'" in certificate
+    assert say("verify", tmp_path / "run").code == 0
+    numbers = [*SMALL[2:4], *SMALL[4:6], *SMALL[6:8]]
+    assert say("epsilon", config, *protect, *numbers, "--json").json["epsilon"] == pytest.approx(
+        json.loads((tmp_path / "run" / "certificate.json").read_text())["epsilon"]
+    )
+    said = refusal("train", config, *SMALL, *protect[:2], "--set", "plan.protects.key=client", "--out", tmp_path / "no")
+    assert "client" in said
+    assert "customer" in said, "the columns that there are"
+    assert not (tmp_path / "no").exists()
