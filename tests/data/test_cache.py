@@ -238,6 +238,17 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_training(
     assert list(kept.iterdir()) == [], "no half of a file is left"
 
 
+def test_a_directory_that_cannot_be_looked_at_does_not_stop_it_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert load(settings(write(tmp_path / "data"), cache=str(tmp_path / "file" / "kept"))).size == 6
+    assert (
+        capsys.readouterr().err
+        == f"privgrad: no decoded copy of the images is kept: {tmp_path}/file/kept: Not a directory\n"
+    )
+
+
 def test_what_a_crash_left_half_written_is_removed_a_day_later(tmp_path: Path, kept: Path) -> None:
     root = write(tmp_path / "data")
     load(settings(root, cache=str(kept)))

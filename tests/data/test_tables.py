@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy
 import pandas
 import pyarrow
@@ -199,6 +201,19 @@ def test_a_parquet_column_of_nulls_is_missing(tmp_path: Path) -> None:
     assert "row 1: column 'age' is missing" in refusal(tmp_path)
 
 
+def test_a_page_whose_checksum_does_not_fit_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "parquet", people())
+    path = tmp_path / "train.parquet"
+    table = pyarrow.parquet.read_table(path)
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "column_encoding": "PLAIN"}
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, **options)
+    value = table["height"][3].as_py()
+    data = path.read_bytes()
+    assert data.count(struct.pack("<d", value)) == 1
+    path.write_bytes(data.replace(struct.pack("<d", value), struct.pack("<d", value + 1)))
+    assert "CRC checksum verification failed" in refusal(tmp_path)
+
+
 # CSV as programs and people write it.
 
 
@@ -254,6 +269,7 @@ def test_a_quoted_newline_in_a_number_is_no_number(tmp_path: Path) -> None:
 
 # The encoding itself.
 
+quick = hypothesis.settings(deadline=None, max_examples=60)
 bounds = st.tuples(st.floats(-1e12, 1e12), st.floats(-1e12, 1e12)).filter(lambda pair: pair[0] < pair[1])
 
 
@@ -269,6 +285,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("property")
 
 
+@quick
 @given(bounds=bounds, values=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=20))
 def test_every_number_lands_in_its_place_between_minus_one_and_one(
     folder: Path, bounds: tuple[float, float], values: list[float]
@@ -285,6 +302,7 @@ def test_every_number_lands_in_its_place_between_minus_one_and_one(
             assert found == pytest.approx(2 * (value - low) / (high - low) - 1, abs=1e-6)
 
 
+@quick
 @given(bounds=bounds, values=st.lists(st.floats(-1e13, 1e13), min_size=2, max_size=20))
 def test_the_encoding_keeps_the_order(folder: Path, bounds: tuple[float, float], values: list[float]) -> None:
     out = encode(folder, Numeric(*bounds), [repr(value) for value in sorted(values)])[:, 0]
@@ -297,6 +315,7 @@ words = st.text(
 known = words.filter(lambda word: word == word.strip(" \t"))
 
 
+@quick
 @given(values=st.lists(known, min_size=1, max_size=5, unique=True), cells=st.lists(words, min_size=1, max_size=20))
 def test_a_category_is_one_hot_and_an_unknown_one_is_nothing(folder: Path, values: list[str], cells: list[str]) -> None:
     cells = [*cells, *values]
@@ -307,6 +326,7 @@ def test_a_category_is_one_hot_and_an_unknown_one_is_nothing(folder: Path, value
         assert row.tolist() == expected
 
 
+@quick
 @given(
     cells=st.lists(
         st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=8), min_size=1, max_size=20

@@ -20,6 +20,8 @@ CERTIFICATE = "tests/privacy/test_certificate.py"
 VERIFY = "tests/training/test_verify.py"
 USERS = "tests/training/test_users.py"
 DISCLOSING = "tests/training/test_disclosing.py"
+SPLIT = "tests/data/test_split.py"
+CACHE = "tests/data/test_cache.py"
 
 
 @dataclass(frozen=True)
@@ -427,5 +429,34 @@ MUTANTS = (
         'if file_digest(self.model) != stored["model_sha256"]:',
         "if False:",
         (VERIFY,),
+    ),
+    # data
+    Mutant(
+        "add_remove may shift records between training and test",
+        "data/split.py",
+        "if adjacency is Adjacency.ADD_REMOVE:",
+        "if False:",
+        (SPLIT,),
+    ),
+    Mutant(
+        "a user is on both sides of the split",
+        "data/split.py",
+        "_hashed_rows(len(part), share) if part.keys is None else",
+        "_hashed_rows(len(part), share) if True else",
+        (SPLIT,),
+    ),
+    Mutant(
+        "a record that belongs to no user is let in",
+        "data/columns.py",
+        "first_true(missing | _empty(trimmed))",
+        "first_true(missing)",
+        (SPLIT,),
+    ),
+    Mutant(
+        "others can read the decoded copy of private images",
+        "data/cache.py",
+        "os.O_NOFOLLOW, 0o600",
+        "os.O_NOFOLLOW, 0o644",
+        (CACHE,),
     ),
 )

@@ -146,10 +146,8 @@ def _private(directory: Path) -> Path:
     directory = directory.absolute()
     try:
         found = directory.stat()
-    except FileNotFoundError:
+    except OSError:  # not there yet, or not for us: `commit` says so
         return directory
-    except OSError as error:
-        raise PrivgradError(f"the cache {directory} cannot be read: {error.strerror or error}") from error
     if not stat.S_ISDIR(found.st_mode):
         raise PrivgradError(f"the cache {directory} is no directory; choose another with data.cache, or 'none'")
     if found.st_mode & 0o077:

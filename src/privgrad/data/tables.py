@@ -81,7 +81,7 @@ def _numeric(
     good = numpy.isfinite(numbers)
     clamped = numpy.clip(numbers[good], column.low, column.high)
     low, high = float(column.low), float(column.high)
-    out[good, 0] = numpy.clip(2 * ((clamped - low) / (high - low)) - 1, -1, 1)
+    out[good, 0] = 2 * ((clamped - low) / (high - low)) - 1
     return ~good
 
 
