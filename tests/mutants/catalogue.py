@@ -310,8 +310,8 @@ MUTANTS = (
     Mutant(
         "an empty batch is not a step",
         "training/batches.py",
-        "        yield SampledBatch(data, Fold.identity(drawn))",
-        "        if drawn:\n            yield SampledBatch(data, Fold.identity(drawn))",
+        "        yield SampledBatch(data, fold)",
+        "        if rows:\n            yield SampledBatch(data, fold)",
         (PRIVATE,),
     ),
     Mutant(
@@ -361,7 +361,8 @@ MUTANTS = (
     Mutant(
         "the ledger is written after the noise",
         "mechanism/step.py",
-        "        receipt = self.ledger.charge(self._event)\n        noised = self.plan.noise.add(sums, receipt, self._noise)\n",
+        "        receipt = self.ledger.charge(self.plan.step_event(self.ledger.count + 1))\n"
+        "        noised = self.plan.noise.add(sums, receipt, self._noise)\n",
         "        from privgrad.privacy.ledger import Receipt\n\n"
         "        receipt = Receipt(self.ledger.count + 1, self._event)\n"
         "        noised = self.plan.noise.add(sums, receipt, self._noise)\n        self.ledger.charge(self._event)\n",
