@@ -1,0 +1,22 @@
+"""Every mutant still applies: an edit whose text is gone would be an error of the runner, found late."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.mutants.__main__ import ROOT
+from tests.mutants.catalogue import MUTANTS, Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutants_text_occurs_once_and_its_tests_exist(mutant: Mutant) -> None:
+    assert (ROOT / "src" / "privgrad" / mutant.file).read_text().count(mutant.before) == 1
+    assert mutant.before != mutant.after
+    assert mutant.tests
+    assert all((ROOT / test.split("::")[0]).exists() for test in mutant.tests)
+
+
+def test_names_are_unique() -> None:
+    assert set(Counter(mutant.name for mutant in MUTANTS).values()) == {1}
