@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from privgrad.cli import calibrate, epsilon, train, verify
+from privgrad.cli import calibrate, compare, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
 from privgrad.training.interrupt import InterruptedRunError
 
@@ -20,6 +20,7 @@ app.command("train")(train.train)
 app.command("epsilon")(epsilon.epsilon)
 app.command("calibrate")(calibrate.calibrate)
 app.command("verify")(verify.verify)
+app.command("compare")(compare.compare)
 
 
 def main() -> None:

@@ -59,7 +59,36 @@ Config = dict[str, dict[str, Any]]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file."""
+    """The tables of a TOML file. `include = "OTHER.toml"` at its top: that file's tables (beside this one), under its own."""
+    given = _tables(path)
+    if "include" not in given:
+        return given
+    name = given.pop("include")
+    if not isinstance(name, str):
+        raise PrivgradError(f"include is {name!r} in {path}; expected the name of a configuration file")
+    under = _tables(path.parent / name)
+    if "include" in under:
+        raise PrivgradError(f"{path.parent / name} includes another file itself; only one level is read")
+    return _merged(under, given)
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables over tables, key by key; a table of another kind replaces the whole."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and _same_kind(below, value):
+            merged[key] = _merged(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _same_kind(under: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    return bool(over.get("kind", under.get("kind")) == under.get("kind"))
+
+
+def _tables(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:

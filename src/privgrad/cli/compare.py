@@ -1,0 +1,193 @@
+"""privgrad compare: train several plans with several seeds, and put them side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
+from privgrad.cli.numbers import Json, Settings
+from privgrad.cli.output import print_json
+from privgrad.cli.train import run_training
+from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.files import canonical_json, digest, read_json, write_atomically
+from privgrad.privacy.certificate import round_up
+from privgrad.privacy.ledger import read_ledger
+from privgrad.report.comparison import Cell, Row, rows_of, to_csv, to_svg
+from privgrad.training.run import Run
+
+
+def compare(
+    configs: Annotated[list[Path], typer.Argument(help="Configuration files, or a directory of them.")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each plan: seeds 0, 1, ...")] = 3,
+    epsilon: Annotated[float | None, typer.Option(help="The budget of every plan that does not say its own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The directory of the comparison; runs/compare-NAME by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")] = False,
+    settings: Settings = None,
+    json_: Json = False,
+) -> None:
+    """Train each plan with each seed, and end with a table, a picture, a CSV. Finished trainings are never repeated."""
+    check_count("--seeds", seeds)
+    if epsilon is not None:
+        check_number("--epsilon", epsilon, above=0)
+    plans = {path.stem: _config(path, epsilon, settings or []) for path in _files(configs)}
+    directory = out or Path("runs") / f"compare-{configs[0].resolve().stem}"
+    _open(directory, plans, seeds, resume=resume)
+    cells = [_cell(directory, plan, config, seed) for plan, config, seed in _grid(plans, seeds, directory)]
+    rows = rows_of(cells)
+    _write(directory, rows, cells)
+    if json_:
+        print_json({"rows": [asdict(row) for row in rows], "trainings": len(cells), "out": str(directory)})
+    else:
+        _show(rows, len(cells), directory)
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = [file for file in sorted(path.glob("*.toml")) if not file.name.startswith("_")]
+            if not inside:
+                raise PrivgradError(f"{path} holds no configuration (*.toml); expected one for each plan")
+            found += inside
+        else:
+            found.append(path)
+    names = [path.stem for path in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PrivgradError(
+            f"two configurations are called {twice[0]!r}, and a plan is called like its file; rename one"
+        )
+    return found
+
+
+def _config(path: Path, epsilon: float | None, settings: list[str]) -> Config:
+    given = read_config(path)
+    for setting in settings:
+        assign(given, setting)
+    privacy = section_of(given, "privacy")
+    noise = section_of(given, "plan").get("noise", {})
+    own = "epsilon" in privacy or (isinstance(noise, dict) and noise.get("multiplier") is not None)
+    if epsilon is not None and not own:
+        privacy["epsilon"] = epsilon
+    return resolved(complete(given), path.parent)
+
+
+def _open(directory: Path, plans: dict[str, Config], seeds: int, *, resume: bool) -> None:
+    """Make the directory, or check that what is in it is the same comparison (more seeds and more plans are welcome)."""
+    stamp = directory / "comparison.json"
+    asked = {name: digest(without_none(config)) for name, config in plans.items()}
+    if stamp.exists():
+        if not resume:
+            raise PrivgradError(
+                f"{directory} already holds a comparison; go on with --resume, or choose another (--out)"
+            )
+        known = read_json(stamp).get("plans", {})
+        changed = sorted(name for name, value in asked.items() if known.get(name, value) != value)
+        if changed:
+            raise PrivgradError(
+                f"the configuration of {', '.join(changed)} is not the one that {directory} was started with; "
+                "use another directory (--out)"
+            )
+        asked = {**known, **asked}
+    elif resume:
+        raise PrivgradError(f"{directory} holds no comparison to resume; start one without --resume")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrivgradError(f"{directory} cannot be made: {error.strerror or error}") from error
+    write_atomically(stamp, canonical_json({"plans": asked, "seeds": seeds}) + "\n")
+
+
+def _grid(plans: dict[str, Config], seeds: int, directory: Path) -> Iterator[tuple[str, Config, int]]:
+    """Every cell, seed by seed, so that a comparison that is stopped has something of each plan; with words on the way."""
+    total, begun, trained = len(plans) * seeds, time.monotonic(), 0
+    for number, (seed, (plan, config)) in enumerate(
+        ((seed, item) for seed in range(seeds) for item in plans.items()), start=1
+    ):
+        finished = _result_file(directory, plan, seed).exists()
+        left = ""
+        if trained:
+            minutes = (time.monotonic() - begun) / trained * (total - number + 1) / 60
+            left = f", about {minutes:.0f} min left for all"
+        state = "finished before" if finished else f"training{left}"
+        print(f"privgrad: {number}/{total}  {plan}, seed {seed}: {state}", file=sys.stderr, flush=True)
+        trained += not finished
+        yield plan, config, seed
+
+
+def _result_file(directory: Path, plan: str, seed: int) -> Path:
+    return directory / plan / f"seed-{seed}" / "result.json"
+
+
+def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
+    file = _result_file(directory, plan, seed)
+    if file.exists():
+        return Cell(**read_json(file))
+    run = Run(file.parent)
+    started = run.ledger.exists()
+    before = read_ledger(run.ledger).count if started else 0
+    config = {**config, "training": {**config["training"], "seed": seed}}
+    begun = time.monotonic()
+    with _told(plan, seed):
+        result = run_training(config, run.directory, resume=started)
+    # Where a part was trained before a stop, the time of the rest stands for the whole.
+    seconds = (time.monotonic() - begun) * result.steps / max(1, result.steps - before)
+    cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, round(seconds, 1))
+    write_atomically(file, json.dumps(asdict(cell)) + "\n")
+    return cell
+
+
+@contextmanager
+def _told(plan: str, seed: int) -> Iterator[None]:
+    """Errors of one training say which one it is."""
+    try:
+        yield
+    except PrivgradError as error:
+        error.args = (f"{plan}, seed {seed}: {error}",)
+        raise
+
+
+def _write(directory: Path, rows: list[Row], cells: list[Cell]) -> None:
+    write_atomically(directory / "results.csv", to_csv(cells))
+    write_atomically(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if any(row.mean is not None for row in rows):
+        budget = max(row.epsilon for row in rows)
+        title = f"{directory.name}: δ = {rows[0].delta:g}, ε at most {round_up(budget, 2)}"
+        write_atomically(directory / "results.svg", to_svg(rows, cells, title))
+
+
+def _show(rows: list[Row], trainings: int, directory: Path) -> None:
+    table = Table("plan", "mean", "spread", "seeds", "epsilon", "steps", "seconds")
+    for row in sorted(rows, key=lambda row: -(row.mean or 0.0)):
+        table.add_row(
+            row.plan,
+            _percent(row.mean),
+            _percent(row.spread),
+            str(row.seeds),
+            round_up(row.epsilon, 3),
+            str(row.steps),
+            f"{row.seconds:.0f}",
+        )
+    Console(width=max(80, Console().width)).print(table)
+    print(f"picture, CSV and every run: {directory}")
+    if trainings > 1:
+        print(
+            f"{trainings} trainings on the same data, and each epsilon is of one: a choice by private data costs all of them."
+        )
+
+
+def _percent(share: Any) -> str:
+    return "" if share is None else f"{share:.2%}"

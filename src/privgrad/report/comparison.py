@@ -1,0 +1,103 @@
+"""Several plans side by side: rows, a CSV, a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+_INK, _SOFT, _DOT = "#1c2024", "#88919c", "#123f7a"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a plan with one seed. test_accuracy: at the last step, or None without a test split. seconds: wall time."""
+
+    plan: str
+    seed: int
+    epsilon: float
+    delta: float
+    steps: int
+    test_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan over its seeds. spread: the standard deviation over seeds (None for one). epsilon: the largest over seeds."""
+
+    plan: str
+    mean: float | None
+    spread: float | None
+    seeds: int
+    epsilon: float
+    delta: float
+    steps: int
+    seconds: float
+
+
+def rows_of(cells: Sequence[Cell]) -> list[Row]:
+    """A row for each plan, in the order in which plans first appear."""
+    rows: list[Row] = []
+    for plan in dict.fromkeys(cell.plan for cell in cells):
+        mine = [cell for cell in cells if cell.plan == plan]
+        reached = [cell.test_accuracy for cell in mine if cell.test_accuracy is not None]
+        rows.append(
+            Row(
+                plan=plan,
+                mean=statistics.fmean(reached) if reached else None,
+                spread=statistics.stdev(reached) if len(reached) > 1 else None,
+                seeds=len(mine),
+                epsilon=max(cell.epsilon for cell in mine),
+                delta=max(cell.delta for cell in mine),
+                steps=max(cell.steps for cell in mine),
+                seconds=statistics.fmean(cell.seconds for cell in mine),
+            )
+        )
+    return rows
+
+
+def to_csv(cells: Sequence[Cell]) -> str:
+    """One line for each training."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(Cell.__dataclass_fields__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(cell) for cell in cells)
+    return out.getvalue()
+
+
+def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
+    """A picture: a dot for each training, a bar for each mean, the best plan on top."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    shown = sorted((row for row in rows if row.mean is not None), key=lambda row: row.mean or 0.0)
+    figure = Figure(figsize=(8, 1.4 + 0.5 * max(1, len(shown))), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    for place, row in enumerate(shown):
+        found = [100 * cell.test_accuracy for cell in cells if cell.plan == row.plan and cell.test_accuracy is not None]
+        mean = 100 * (row.mean or 0.0)
+        axes.plot(found, [place] * len(found), "o", color=_SOFT, markersize=5, zorder=2)
+        axes.plot([mean, mean], [place - 0.28, place + 0.28], color=_DOT, linewidth=3, zorder=3)
+        axes.annotate(f"{mean:.1f}", (mean, place + 0.3), ha="center", va="bottom", color=_DOT, fontsize=9)
+    axes.set_yticks(range(len(shown)), [f"{row.plan}\nε = {_shown(row.epsilon)}" for row in shown])
+    axes.set_ylim(-0.6, max(1, len(shown)) - 0.2)
+    axes.margins(x=0.12)
+    axes.set_xlabel("test accuracy, %  (a dot for each seed, a bar for the mean)")
+    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.grid(axis="x", color="#e4e6e8", zorder=0)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _shown(epsilon: float) -> str:
+    # Upwards, as every epsilon that people read.
+    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
