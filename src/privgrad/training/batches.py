@@ -80,6 +80,11 @@ def size_of(dataset: Dataset[Any]) -> int:
     return size
 
 
+def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None = None) -> Tree:
+    """PRIVATE. The first record, collated to a batch of one: for the structure and the shapes of batches."""
+    return _Rows(dataset, collate_fn)[torch.zeros(1, dtype=torch.long)][1]
+
+
 def _as_is(item: Tree) -> Tree:
     return item
 

@@ -30,7 +30,7 @@ from privgrad.training.averaging import AveragedWeights, ExponentialAverage
 from privgrad.training.batches import size_of
 from privgrad.training.checkpoint import load_tree, save_tree, save_weights
 from privgrad.training.evaluation import DeclaredSplit, accuracy
-from privgrad.training.private import check_private, make_private
+from privgrad.training.private import make_private
 from privgrad.training.progress import ProgressDisplay, display
 from privgrad.training.run import Run, certificate_text, plan_text
 
@@ -87,9 +87,9 @@ class Trainer:
         config: str | None = None,
         resume: bool = False,
         quiet: bool = False,
+        probe: Tree = None,
     ) -> None:
         self.plan = plan.for_dataset(size_of(dataset))
-        check_private(model, optimizer, self.plan)
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(
                 "ReduceLROnPlateau follows a loss, which stays private; use a schedule that follows the step"
@@ -100,7 +100,6 @@ class Trainer:
         self._every = max(1, self.plan.steps // max(1, evaluations))
         self._applied = 0
         self._average = None if averaging is None else AveragedWeights(model, averaging)
-        ledger = self._open_ledger(resume)
         self.private = make_private(
             model,
             optimizer,
@@ -111,7 +110,8 @@ class Trainer:
             collate_fn=collate_fn,
             workers=workers,
             engine=engine,
-            ledger=ledger,
+            ledger=lambda: self._open_ledger(resume),  # after all checks: a run that is refused writes nothing
+            probe=probe,
         )
         try:
             if resume and self.run.checkpoint.exists():
@@ -119,7 +119,7 @@ class Trainer:
             else:
                 self._save()
         except BaseException:
-            ledger.close()
+            self.private.ledger.close()
             raise
 
     def fit(self) -> Result:
