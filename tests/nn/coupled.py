@@ -56,6 +56,26 @@ class SubtractBatchMean(nn.Module):
         return inputs - self.share * inputs.mean(0, keepdim=True)
 
 
+class GhostBatchNorm(nn.Module):
+    """BatchNorm over chunks of a batch."""
+
+    def __init__(self, chunk: int = 128) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.chunk = chunk
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([self.norm(part) for part in inputs.split(self.chunk)])
+
+
+class MinibatchDeviation(nn.Module):
+    """Adds the standard deviation over groups of four rows, as StyleGAN's discriminator does."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        groups = inputs.view(min(4, len(inputs)), -1, inputs.shape[1])
+        return inputs + groups.std(0, unbiased=False).mean(1).repeat(len(groups))[:, None]
+
+
 class InOwnForward(nn.Module):
     """Couples between its layers."""
 
@@ -78,6 +98,14 @@ class CoupledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient + gradient.mean(0, keepdim=True)
+
+
+class LittleCoupledGradient(CoupledGradient):
+    """A millionth of the mean."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + 1e-6 * gradient.mean(0, keepdim=True)
 
 
 class DetachedTrick(nn.Module):
@@ -259,6 +287,16 @@ COUPLED: dict[str, Case] = {
     "batch norm in eval mode without statistics": Case(
         lambda: around(nn.BatchNorm1d(6, track_running_stats=False)).eval(), CROSS_ENTROPY, FEATURES, NORM
     ),
+    "synchronised batch norm": Case(
+        lambda: around(nn.SyncBatchNorm(6)), CROSS_ENTROPY, FEATURES, r"1 \(SyncBatchNorm\)"
+    ),
+    "ghost batch norm": Case(lambda: around(GhostBatchNorm()), CROSS_ENTROPY, FEATURES, r"1\.norm \(BatchNorm1d\)"),
+    "ghost batch norm of pairs": Case(
+        lambda: around(GhostBatchNorm(2)), CROSS_ENTROPY, FEATURES, r"1\.norm \(BatchNorm1d\)|1 \(GhostBatchNorm\)"
+    ),
+    "deviation in the batch": Case(
+        lambda: around(MinibatchDeviation()), CROSS_ENTROPY, FEATURES, r"1 \(MinibatchDeviation\)"
+    ),
     "batch norm 2d": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(144, 3)),
         CROSS_ENTROPY,
@@ -273,6 +311,18 @@ COUPLED: dict[str, Case] = {
     ),
     "batch norm behind a gate that starts at zero": Case(
         lambda: zero_last(around(nn.BatchNorm1d(6))), CROSS_ENTROPY, FEATURES, NORM
+    ),
+    "batch norm behind two gates that start at zero": Case(
+        lambda: zero_last(nn.Sequential(*zero_last(around(nn.BatchNorm1d(6))), nn.Linear(3, 3))),
+        CROSS_ENTROPY,
+        FEATURES,
+        NORM,
+    ),
+    "a little of the batch mean of what is finite": Case(
+        lambda: around(Apply(lambda inputs: inputs - 1e-5 * inputs.nan_to_num(0).mean(0))),
+        CROSS_ENTROPY,
+        FEATURES,
+        r"1 \(Apply\)",
     ),
     "subtracting the batch mean": Case(
         lambda: around(SubtractBatchMean()), CROSS_ENTROPY, FEATURES, r"1 \(SubtractBatchMean\)"
@@ -321,6 +371,9 @@ COUPLED: dict[str, Case] = {
     ),
     "detached trick": Case(lambda: around(DetachedTrick()), CROSS_ENTROPY, FEATURES, r"1 \(DetachedTrick\)"),
     "coupled backward": Case(lambda: around(Apply(CoupledGradient.apply)), CROSS_ENTROPY, FEATURES, r"1 \(Apply\)"),
+    "slightly coupled backward": Case(
+        lambda: around(Apply(LittleCoupledGradient.apply)), CROSS_ENTROPY, FEATURES, r"1 \(Apply\)"
+    ),
     "coupled backward of tokens": Case(
         lambda: nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), Apply(CoupledGradient.apply), nn.Linear(30, 3)),
         CROSS_ENTROPY,

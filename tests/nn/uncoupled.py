@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -213,6 +214,24 @@ def categorical(model: nn.Module, batch: Any) -> Tensor:
     return -choice.log_prob(action) * (action == batch[1])
 
 
+def gradient_penalty(model: nn.Module, batch: Any) -> Tensor:
+    """A second derivative, record by record."""
+    losses = CROSS_ENTROPY(model, batch)
+    inputs = batch[0].detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model(inputs).square().sum(), inputs, create_graph=True)
+    return losses + slope.square().sum(1)
+
+
+def numpy_noise(model: nn.Module, batch: Any) -> Tensor:
+    noise = torch.tensor(numpy.random.randn(*batch[0].shape), dtype=torch.float32)
+    return CROSS_ENTROPY(model, (batch[0] + noise, batch[1]))
+
+
+def nearest_prototype(model: nn.Module, batch: Any) -> Tensor:
+    """Distances to learned prototypes, with the rows inside torch.func.vmap."""
+    return torch.func.vmap(lambda row: (model(row) - row[:3]).square().sum(), randomness="different")(batch[0])
+
+
 def text(tokens: int = 5) -> dict[str, Tensor]:
     return {
         "tokens": torch.zeros(1, tokens, dtype=torch.long),
@@ -333,6 +352,15 @@ UNCOUPLED: dict[str, Case] = {
     "gumbel softmax": Case(lambda: around(Apply(F.gumbel_softmax)), CROSS_ENTROPY, FEATURES, ANY),
     "frozen layers": Case(lambda: frozen_first(around(nn.Tanh())), CROSS_ENTROPY, FEATURES, ANY),
     "loss module": Case(lambda: nn.Linear(6, 3), pg.supervised(nn.CrossEntropyLoss(reduction="none")), FEATURES, ANY),
+    "gradient penalty": Case(lambda: around(nn.Tanh()), gradient_penalty, FEATURES, ANY),
+    "noise from numpy": Case(lambda: nn.Linear(6, 3), numpy_noise, FEATURES, ANY),
+    "sparse gradients": Case(
+        lambda: nn.Sequential(nn.Embedding(9, 6, sparse=True), nn.Flatten(), nn.Linear(30, 3)),
+        CROSS_ENTROPY,
+        TOKENS,
+        ANY,
+    ),
+    "rows under vmap": Case(lambda: around(nn.Dropout(0.5)), nearest_prototype, FEATURES, ANY),
     "compiled": Case(lambda: torch.compile(around(nn.Dropout(0.5)), backend="eager"), CROSS_ENTROPY, FEATURES, ANY),
     "scripted": Case(lambda: torch.jit.script(around(nn.Tanh())), CROSS_ENTROPY, FEATURES, ANY),
 }

@@ -133,23 +133,44 @@ def culprits_forward(subject: Subject, draw: Draw, good: View, bad: View, tolera
     return Blame(list(dict.fromkeys(guilty)), wrong, certain)
 
 
+@dataclass(frozen=True)
+class _Backward:
+    """One call's own backward pass from one row of its output.
+
+    inputs: the row's part of what went in. leaks: it reaches other rows of the inputs. weights: the gradient by its weights.
+    """
+
+    name: str
+    inputs: list[Tensor]
+    leaks: bool
+    weights: list[Tensor]
+
+
 def culprits_backward(subject: Subject, draw: Draw, batch: Tree, changed: Tree, row: int) -> list[str]:
     """The modules by whose own backward pass one row's output reaches other rows, or whose weights' gradient knows of them."""
-    both = [_local_gradients(subject, draw, View(one, ROWS, row)) for one in (batch, changed)]
+    both = [_backward(subject, draw, View(one, ROWS, row)) for one in (batch, changed)]
     guilty: list[str] = []
-    for (name, leaks, own), (_, leaks_too, other) in zip(*both, strict=False):
-        inside = any(found.startswith(f"{name}." if name else "") for found in guilty)
-        if inside or name in guilty:
-            continue
-        scale = largest_of([*own, *other])
-        moved = any(differ(a, b, subject.same_shape, scale) for a, b in zip(own, other, strict=True))
-        if leaks or leaks_too or moved:
-            guilty.append(name)
+    for one, other in zip(*both, strict=False):
+        inside = any(found.startswith(f"{one.name}." if one.name else "") for found in guilty)
+        if not inside and one.name not in guilty and (one.leaks or other.leaks or _weights_differ(one, other, subject)):
+            guilty.append(one.name)
     return guilty
 
 
-def _local_gradients(subject: Subject, draw: Draw, view: View) -> list[tuple[str, bool, list[Tensor]]]:
-    """For each call: its name, whether the row's output has a gradient by other rows of its inputs, and that by its weights."""
+def _weights_differ(one: _Backward, other: _Backward, subject: Subject) -> bool:
+    """From equal inputs. (An expert may have got other rows.)"""
+
+    def unlike(ones: list[Tensor], others: list[Tensor]) -> bool:
+        scale = largest_of([*ones, *others])
+        return any(differ(a, b, subject.same_shape, scale) for a, b in zip(ones, others, strict=True))
+
+    comparable = (
+        one.name == other.name and len(one.inputs) == len(other.inputs) and not unlike(one.inputs, other.inputs)
+    )
+    return comparable and unlike(one.weights, other.weights)
+
+
+def _backward(subject: Subject, draw: Draw, view: View) -> list[_Backward]:
     calls: list[Call] = []
 
     def remember(call: Call, output: Any) -> Any:
@@ -171,8 +192,9 @@ def _local_gradients(subject: Subject, draw: Draw, view: View) -> list[tuple[str
             gradients = torch.autograd.grad(
                 total, [*inputs, *weights], retain_graph=True, allow_unused=True, materialize_grads=True
             )
-        leaks = any(_leaks(gradient, view, subject.same_shape) for gradient in gradients[: len(inputs)])
-        found.append((call.name, leaks, list(gradients[len(inputs) :])))
+        leaks = any(_leaks(gradient, view, subject.precision) for gradient in gradients[: len(inputs)])
+        parts = [view.part(tensor).detach().clone() for tensor in call.inputs]
+        found.append(_Backward(call.name, parts, leaks, list(gradients[len(inputs) :])))
     return found
 
 

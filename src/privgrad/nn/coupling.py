@@ -15,10 +15,10 @@ from torch.nn.parameter import UninitializedParameter
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import LossFn, trainable
 from privgrad.nn.finding import Finding, refuse_coupling
-from privgrad.nn.inspection import Inspection, NotFiniteError, reason
+from privgrad.nn.inspection import Inspection, NotFiniteError
 from privgrad.nn.probe import Probe
 from privgrad.nn.state import named, undisturbed
-from privgrad.nn.subject import ROWS, Draw, Subject
+from privgrad.nn.subject import ROWS, Draw, Subject, reason
 
 _FIRST, _SECOND = Draw(seed=1, keep_all=True), Draw(seed=2, keep_all=False)
 _LARGE = 1e3
@@ -58,6 +58,7 @@ class CouplingGuard:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, probe: Probe) -> None:
         self._model, self._loss_fn, self._probe = model, loss_fn, probe
+        self._modules = list(named(model, loss_fn).values())
         self._passed: set[tuple[bool, ...]] = set()
 
     def check(self) -> None:
@@ -66,7 +67,7 @@ class CouplingGuard:
         Raises:
             PrivgradError, RefusedError: as `find_coupling`, and for whatever it finds.
         """
-        modes = tuple(module.training for module in self._model.modules())
+        modes = tuple(module.training for module in self._modules)
         if modes not in self._passed:
             refuse_coupling(find_coupling(self._model, self._loss_fn, self._probe))
             self._passed.add(modes)

@@ -9,10 +9,22 @@ from torch import Tensor
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Tree
-from privgrad.nn.blame import Blame, View, culprits_backward, culprits_forward, reaches_others
+from privgrad.nn.blame import View, culprits_backward, culprits_forward, reaches_others
 from privgrad.nn.finding import ALONE, GRADIENT, LOSS, OUTPUT, Finding, in_either, in_loss, in_module, kept
 from privgrad.nn.state import Slot, same
-from privgrad.nn.subject import ROWS, Draw, Run, Subject, differ, keep_row, largest_of, only_row, scaled, zero_integers
+from privgrad.nn.subject import (
+    ROWS,
+    Draw,
+    Run,
+    Subject,
+    differ,
+    keep_row,
+    largest_of,
+    only_row,
+    reason,
+    scaled,
+    zero_integers,
+)
 
 
 class NotFiniteError(PrivgradError):
@@ -72,15 +84,18 @@ class Inspection:
             changed = keep_row(self.others, self.batch, row)
             run = self._run(changed)
             if self._moved(run, row):
-                return self._named(changed, row)
-            leaks = any(reaches_others(gradient, row, self.subject.same_shape) for gradient in by_inputs)
+                return self._named_by(changed, row)
+            leaks = any(reaches_others(gradient, row, self.subject.precision) for gradient in by_inputs)
             # By the scale of the largest: a bias before a normalisation has a gradient of nothing but rounding.
             scale = largest_of([by_parameters])
             if leaks or differ(by_parameters, self.subject.gradient(run, row)[0], self.subject.same_shape, scale):
                 coupled = coupled or (changed, row)
         if coupled is None:
             return []
-        names = culprits_backward(self.subject, self.draw, self.batch, *coupled)
+        try:
+            names = culprits_backward(self.subject, self.draw, self.batch, *coupled)
+        except Exception:  # what is found stays found where no name can be had
+            names = []
         return [in_module(self.subject.modules, name, GRADIENT) for name in names] or [in_either(GRADIENT)]
 
     def _outputs(self, extreme: Tree) -> list[Finding]:
@@ -92,12 +107,12 @@ class Inspection:
                 changed = keep_row(self.others, self.batch, row)
                 run = self._run(changed)
             if self._moved(run, row):
-                return self._named(changed, row)
+                return self._named_by(changed, row)
         return []
 
     def _alone(self, gradients: list[Tensor]) -> list[Finding]:
         """A batch of one against the batch."""
-        if not self.reference.draws.equal:
+        if not self.reference.equal:
             return []
         tolerance = self.subject.other_shape
         for row in (0, ROWS - 1):
@@ -112,7 +127,7 @@ class Inspection:
                 ) from error
             if differ(self.losses[row], run.losses[0].detach(), tolerance, self.scale):
                 good, bad = View(alone, 1, 0), View(self.batch, ROWS, row)
-                return self._all(culprits_forward(self.subject, self.draw, good, bad, tolerance), ALONE, ALONE)
+                return self._named(good, bad, tolerance, ALONE, ALONE)
             if differ(gradients[row], self.subject.gradient(run, 0)[0], tolerance, largest_of([gradients[row]])):
                 return [in_either(ALONE)]
         return []
@@ -144,11 +159,15 @@ class Inspection:
     def _moved(self, run: Run, row: int) -> bool:
         return differ(self.losses[row], run.losses[row].detach(), self.subject.same_shape, self.scale)
 
-    def _named(self, changed: Tree, row: int) -> list[Finding]:
+    def _named_by(self, changed: Tree, row: int) -> list[Finding]:
         good, bad = View(self.batch, ROWS, row), View(changed, ROWS, row)
-        return self._all(culprits_forward(self.subject, self.draw, good, bad, self.subject.same_shape), OUTPUT, LOSS)
+        return self._named(good, bad, self.subject.same_shape, OUTPUT, LOSS)
 
-    def _all(self, blame: Blame, output: str, loss: str) -> list[Finding]:
+    def _named(self, good: View, bad: View, tolerance: float, output: str, loss: str) -> list[Finding]:
+        try:
+            blame = culprits_forward(self.subject, self.draw, good, bad, tolerance)
+        except Exception:  # what is found stays found where no name can be had
+            return [in_either(loss)]
         found = [in_module(self.subject.modules, name, output) for name in blame.modules]
         if blame.loss or not found:
             found.append(in_loss(loss) if blame.certain else in_either(loss))
@@ -166,9 +185,3 @@ def _different(one: Mapping[Slot, object], other: Mapping[Slot, object], *, regi
     """The slots that two runs left in different states."""
     slots = {slot for slot in one.keys() | other.keys() if slot.registered == registered}
     return {slot for slot in slots if slot not in one or slot not in other or not same(one[slot], other[slot])}
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -220,3 +220,9 @@ def seed_all(seed: int, devices: list[torch.device]) -> None:
             torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)
+
+
+def foreign_draws() -> tuple[Any, ...]:
+    """A value that moves when numpy or Python draw a random number."""
+    state: Any = numpy.random.get_state(legacy=True)
+    return random.getstate(), bytes(state[1]), state[2]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import LossFn, Tree, one_per_row, trainable
 from privgrad.nn.draws import EqualDraws
-from privgrad.nn.state import Slot, Snapshot, devices_of, seed_all
+from privgrad.nn.state import Slot, Snapshot, devices_of, foreign_draws, seed_all
 
 ROWS = 4
 """Rows of a probe. (A power of two: layers that work on pairs or quarters of a batch can run.)"""
@@ -30,12 +31,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Run:
-    """One forward pass. inputs: the floating-point tensors that went in. changes: what the pass left in the modules."""
+    """One forward pass.
+
+    inputs: the floating-point tensors that went in. changes: what the pass left in the modules. equal: every row drew the same
+    numbers, so that the pass can be compared with one of another size.
+    """
 
     losses: Tensor
     inputs: list[Tensor]
     changes: dict[Slot, Any]
     draws: EqualDraws
+    equal: bool
 
 
 class Subject:
@@ -79,26 +85,35 @@ class Subject:
         draws = EqualDraws(ROWS, self._devices, seed=draw.seed, keep_all=draw.keep_all)
         rows = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         with torch.enable_grad(), draws.drawing(self.hooked), hooks():
+            before = foreign_draws()
             losses = one_per_row(self.loss_fn(self.model, given), rows)
+        equal = draws.equal and foreign_draws() == before
         types = [kind for kind in draws.types if kind.is_floating_point]
         self.precision = max([self.precision, *(torch.finfo(kind).eps for kind in types)])
-        return Run(losses, inputs, self._snapshot.changes(), draws)
+        return Run(losses, inputs, self._snapshot.changes(), draws, equal)
 
     def gradient(self, run: Run, row: int) -> tuple[Tensor, list[Tensor]]:
         """The gradient of one row's loss by all trainable parameters, flat, and by each input. Only before the next run.
 
         What is not finite counts as zero: the derivative of another row, infinite times zero, is no coupling.
+
+        Raises:
+            PrivgradError: a backward pass that fails.
         """
         wanted = [*self.parameters, *run.inputs]
         if run.losses.requires_grad:
-            with run.draws.drawing(self.hooked):  # activation checkpointing draws again
-                found = torch.autograd.grad(
-                    run.losses[row], wanted, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
+            try:
+                with run.draws.drawing(self.hooked):  # activation checkpointing draws again
+                    found = torch.autograd.grad(
+                        run.losses[row], wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
+            except Exception as error:
+                raise PrivgradError(f"no gradient can be taken of one record's loss: {reason(error)}") from error
         else:
             found = tuple(torch.zeros_like(tensor) for tensor in wanted)
         count = len(self.parameters)
-        flat = torch.cat([part.flatten().to(self.device) for part in found[:count]])
+        dense = [part.to_dense() if part.is_sparse else part for part in found[:count]]
+        flat = torch.cat([part.flatten().to(self.device) for part in dense])
         return flat.nan_to_num(0, 0, 0), [part.nan_to_num(0, 0, 0) for part in found[count:]]
 
     @property
@@ -181,3 +196,9 @@ def largest_of(tensors: Iterable[Tensor]) -> float:
     return max(
         (float(finite.abs().max()) for value in values if (finite := value[value.isfinite()]).numel()), default=0.0
     )
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

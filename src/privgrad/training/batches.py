@@ -81,8 +81,20 @@ def size_of(dataset: Dataset[Any]) -> int:
 
 
 def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None = None) -> Tree:
-    """PRIVATE. The first record, collated to a batch of one: for the structure and the shapes of batches."""
-    return _Rows(dataset, collate_fn)[torch.zeros(1, dtype=torch.long)][1]
+    """PRIVATE. The first record, collated to a batch of one: for the structure and the shapes of batches.
+
+    Raises:
+        PrivgradError: a record that cannot be read or collated. (Its kind only: the words of an error may hold the record.)
+    """
+    try:
+        return _Rows(dataset, collate_fn)[torch.zeros(1, dtype=torch.long)][1]
+    except PrivgradError:
+        raise
+    except Exception as error:
+        raise PrivgradError(
+            f"the first record of the data set cannot be read and collated alone ({type(error).__name__}); a batch may be of "
+            "one record, so that collate_fn must take one"
+        ) from error
 
 
 def _as_is(item: Tree) -> Tree:
