@@ -389,6 +389,16 @@ COUPLED: dict[str, Case] = {
     "divided by the size of the batch inside": Case(
         lambda: around(Apply(lambda inputs: inputs / len(inputs))), CROSS_ENTROPY, FEATURES, r"1 \(Apply\)"
     ),
+    "attention divided by the size of the batch": Case(
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True),
+            Apply(lambda inputs: inputs.mean(1) / len(inputs)),
+            nn.Linear(6, 3),
+        ),
+        CROSS_ENTROPY,
+        SEQUENCES,
+        r"1 \(Apply\)",
+    ),
     "position by row": Case(
         lambda: around(Apply(lambda x: x + torch.arange(float(len(x)))[:, None])),
         CROSS_ENTROPY,

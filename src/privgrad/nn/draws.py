@@ -81,7 +81,7 @@ class EqualDraws(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options: dict[str, Any] = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        if not _is_random(func, args, options):
             result = func(*args, **options)
             if isinstance(result, Tensor):
                 self.types.add(result.dtype)
@@ -155,6 +155,17 @@ class EqualDraws(TorchDispatchMode):
             torch.default_generator,
             *(torch.cuda.default_generators[device.index or 0] for device in self._devices),
         ]
+
+
+def _is_random(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Whether an operation draws. Fused attention and recurrent networks do only with dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout", "dropout_p"):
+            chance = args[place] if place < len(args) else options.get(argument.name, argument.default_value)
+            return bool(chance)
+    return True
 
 
 def _heads(name: str, first: Tensor, *args: Any, **options: Any) -> Any:
