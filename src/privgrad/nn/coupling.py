@@ -7,6 +7,7 @@ tell: a line of the user's own forward, a contrastive loss or a weighted mean co
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -47,7 +48,8 @@ def find_coupling(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Findi
     """
     _check_parameters(model)
     modules = named(model, loss_fn)
-    with undisturbed(modules) as snapshot:
+    with warnings.catch_warnings(), undisturbed(modules) as snapshot:
+        warnings.simplefilter("ignore")  # NaN and large rows are no news to the user
         subject = Subject(model, loss_fn, modules, snapshot)
         form, first = _first_inspection(subject, probe)
         return first.thoroughly(_LARGE) or _inspection(subject, form, _SECOND).quickly(math.nan)
