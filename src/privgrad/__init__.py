@@ -3,6 +3,7 @@
 The object that runs a step is the object that is accounted for.
 """
 
+from privgrad import nn
 from privgrad.api import dp_sgd
 from privgrad.errors import PrivgradError, RefusedError, VerificationError
 from privgrad.mechanism.clipping import FlatClipping
@@ -45,5 +46,6 @@ __all__ = [
     "VerificationError",
     "dp_sgd",
     "make_private",
+    "nn",
     "supervised",
 ]

@@ -26,7 +26,9 @@ from privgrad.cli import run as privgrad
 from privgrad.cli.config import DEFAULTS, complete, read_config
 from privgrad.files import file_digest
 from privgrad.privacy.ledger import read_ledger
+from privgrad.training.batches import SampledBatch
 from privgrad.training.checkpoint import load_tree
+from privgrad.training.private import Private
 
 STEPS = 3
 SMALL = [
@@ -473,38 +475,37 @@ def test_a_refused_training_does_not_use_up_its_directory(tmp_path: Path) -> Non
 
 # Stop and resume.
 
-stop_in: list[int] = []
-"""How many further forward passes `Stopping` makes before it sends the interrupt."""
 
-
-class Stopping(nn.Module):
-    """A user's own model; it presses Ctrl-C once, where a test asks for it."""
+class Own(nn.Module):
+    """A user's own model."""
 
     def __init__(self, input_shape: Sequence[int], classes: int) -> None:
         super().__init__()
         self.linear = nn.Linear(input_shape[-1] * input_shape[-2], classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if stop_in:
-            stop_in[0] -= 1
-            if stop_in[0] < 0:
-                stop_in.clear()
-                os.kill(os.getpid(), signal.SIGINT)
         return self.linear(inputs.flatten(1))
 
 
 STOPPING = [
-    *("--model", "tests.cli.test_commands:Stopping"),
+    *("--model", "tests.cli.test_commands:Own"),
     *SMALL[2:],
     *("--set", "plan.noise.insecure_seed=5"),
 ]
 
 
 @pytest.fixture
-def stopped(tmp_path: Path) -> Path:
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that Ctrl-C stopped after its first step."""
-    stop_in[:] = [0]
-    said = say("train", *STOPPING, "--out", tmp_path / "stopped", "--json")
+    step = Private.step
+
+    def interrupted(self: Private, batch: SampledBatch) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Private, "step", interrupted)
+        said = say("train", *STOPPING, "--out", tmp_path / "stopped", "--json")
     assert said.code == 130
     assert said.out == ""
     line = said.err.splitlines()[-1]
@@ -650,5 +651,4 @@ def test_a_process_stopped_in_the_middle_leaves_a_run_that_verifies(tmp_path: Pa
 
 def test_the_tests_model_is_found_where_the_command_line_looks_for_it() -> None:
     """Otherwise the tests of stopping would fail for another reason than they say."""
-    stop_in.clear()
-    assert Stopping((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert Own((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import privgrad as pg
-from privgrad.gradients.contract import FlatSink, Fold, Identity, Request, trainable
+from privgrad.gradients.contract import FlatSink, Fold, Identity, LossFn, Request, trainable
 from privgrad.gradients.memory import budget, rows_within
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.nn.models import LeNet5
@@ -226,3 +226,39 @@ def test_rows_within_follows_the_budget() -> None:
     assert few == 1
     assert 500 < many < 1250
     assert 0 < budget(torch.device("cpu")) <= 256 * 2**20
+
+
+class Averaging(nn.Module):
+    """Fills a buffer with its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return self.last(inputs)
+
+
+def test_a_buffer_that_a_model_fills_with_records_keeps_its_value() -> None:
+    model = Averaging()
+    runner(full_batch_plan(4), model, cross_entropy).release(*rows(torch.randn(4, 5), torch.randint(3, (4,))))
+    assert torch.equal(model.mean, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "got"),
+    [
+        (lambda model, batch: model(batch[0]).mean(), r"\(\)"),
+        (lambda model, batch: model(batch[0]), r"\(1, 3\)"),
+        (lambda model, batch: 0.5, "float"),
+    ],
+)
+def test_losses_that_are_not_one_number_per_row_are_refused_before_anything_is_charged(
+    loss_fn: LossFn, got: str
+) -> None:
+    step = runner(full_batch_plan(4), nn.Linear(5, 3), loss_fn)
+    with pytest.raises(pg.PrivgradError, match=rf"loss_fn returned {got} for 1 row.*one loss per row"):
+        step.release(*rows(torch.randn(4, 5), torch.randint(3, (4,))))
+    assert step.ledger.count == 0

@@ -15,6 +15,7 @@ LEDGER = "tests/privacy/test_ledger.py"
 ACCOUNTING = "tests/privacy/test_accounting.py"
 CALIBRATION = "tests/privacy/test_calibration.py"
 TRAINER = "tests/training/test_trainer.py"
+COUPLING = "tests/nn/test_coupling.py"
 PRIVATE = "tests/training/test_private.py"
 CERTIFICATE = "tests/privacy/test_certificate.py"
 VERIFY = "tests/training/test_verify.py"
@@ -328,12 +329,62 @@ MUTANTS = (
         "    if True:\n",
         (FRAME,),
     ),
+    # records of a batch that know of each other
     Mutant(
-        "BatchNorm in train mode is accepted",
+        "coupling is not looked for",
         "training/private.py",
-        "        _check_coupling(model)\n",
-        "        _ = model\n",
+        "        coupling.check()\n    chosen",
+        "    chosen",
         (PRIVATE,),
+    ),
+    Mutant(
+        "coupling is looked for once, whatever the modes",
+        "training/private.py",
+        "                self._coupling.check()",
+        "                pass",
+        (COUPLING,),
+    ),
+    Mutant(
+        "the detector changes no other record",
+        "nn/subject.py",
+        "        result = other.clone()\n",
+        "        result = own.clone()\n",
+        (COUPLING,),
+    ),
+    Mutant(
+        "the detector changes the other records a little only",
+        "nn/subject.py",
+        "        lambda leaf: leaf * factor if",
+        "        lambda leaf: leaf * 1 if",
+        (COUPLING,),
+    ),
+    Mutant(
+        "the detector looks at losses only, not at gradients",
+        "nn/inspection.py",
+        "                coupled = coupled or (changed, row)",
+        "                pass",
+        (COUPLING,),
+    ),
+    Mutant(
+        "the detector compares no batch of one",
+        "nn/inspection.py",
+        "        if not self.reference.equal:",
+        "        if True:",
+        (COUPLING,),
+    ),
+    Mutant(
+        "buffers may take up the records",
+        "nn/inspection.py",
+        "        self.taken_up |= _different(self.reference.changes, run.changes, registered=True)",
+        "        pass",
+        (COUPLING,),
+    ),
+    Mutant(
+        "the probe holds a record",
+        "nn/probe.py",
+        "        return SyntheticProbe(pytree.tree_unflatten(template, structure))",
+        "        return PublicProbe(pytree.tree_map(lambda leaf: torch.cat([leaf, leaf + 1]), batch))",
+        (COUPLING,),
     ),
     # accounting
     Mutant(

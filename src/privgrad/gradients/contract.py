@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from privgrad.errors import PrivgradError
+
 Tree = Any
 """Any nesting of tuples, lists and dicts of tensors, each with the row as its first dimension."""
 
@@ -149,6 +151,17 @@ class Engine(Protocol):
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a private step may change, by name; tied ones once, frozen ones not at all."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def one_per_row(losses: Any, rows: int) -> Tensor:
+    """`losses` as a loss function returned them, if they are one number per row; else refused in words."""
+    if not isinstance(losses, Tensor) or losses.shape != (rows,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise PrivgradError(
+            f"loss_fn returned {got} for {rows} row(s); expected one loss per row, shape ({rows},): "
+            "use reduction='none' and average over everything but the first dimension"
+        )
+    return losses
 
 
 class FlatSink:

@@ -21,6 +21,7 @@ from privgrad.gradients.contract import (
     Tree,
     accumulation_dtype,
     add_weighted,
+    one_per_row,
     trainable,
 )
 from privgrad.gradients.memory import rows_within
@@ -35,15 +36,7 @@ class _WithLoss(nn.Module):
         self.loss_fn = loss_fn
 
     def forward(self, batch: Tree) -> Tensor:
-        losses = self.loss_fn(self.model, batch)
-        rows = _rows(batch)
-        if not isinstance(losses, Tensor) or losses.shape != (rows,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise PrivgradError(
-                f"loss_fn returned {got} for {rows} row(s); expected one loss per row, shape ({rows},): "
-                "use reduction='none' and average over everything but the first dimension"
-            )
-        return losses.sum()
+        return one_per_row(self.loss_fn(self.model, batch), _rows(batch)).sum()
 
 
 def _rows(batch: Tree) -> int:

@@ -1,1 +1,8 @@
-"""Layers and models that behave under differential privacy."""
+"""Layers and models that behave under differential privacy, and the detector of those that do not."""
+
+from privgrad.nn.convert import convert
+from privgrad.nn.coupling import find_coupling
+from privgrad.nn.finding import Finding
+from privgrad.nn.probe import PublicProbe, SyntheticProbe
+
+__all__ = ["Finding", "PublicProbe", "SyntheticProbe", "convert", "find_coupling"]

@@ -105,6 +105,24 @@ def size_of(dataset: Dataset[Any]) -> int:
     return size
 
 
+def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None = None) -> Tree:
+    """PRIVATE. The first record, collated to a batch of one: for the structure and the shapes of batches.
+
+    Raises:
+        PrivgradError: a record that cannot be read or collated. (Its kind only: the words of an error may hold the record.)
+    """
+    try:
+        first = Drawn(torch.zeros(1, dtype=torch.int64), Fold.identity(1))
+        return _Rows(dataset, collate_fn)[first][1]
+    except PrivgradError:
+        raise
+    except Exception as error:
+        raise PrivgradError(
+            f"the first record of the data set cannot be read and collated alone ({type(error).__name__}); a batch may be of "
+            "one record, so that collate_fn must take one"
+        ) from error
+
+
 def _as_is(item: Tree) -> Tree:
     return item
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
@@ -20,10 +19,13 @@ from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.states import Release
 from privgrad.mechanism.step import Reduce, StepRunner
+from privgrad.nn.coupling import CouplingGuard
+from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
+from privgrad.nn.state import same_randomness
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.training.batches import Drawn, SampledBatch, sampled_batches
+from privgrad.training.batches import Drawn, SampledBatch, first_row, sampled_batches
 from privgrad.training.units import Keys, Units, units_of
 
 
@@ -53,6 +55,7 @@ class Private:
         optimizer: Optimizer,
         dataset: Dataset[Any],
         runner: StepRunner,
+        coupling: CouplingGuard | None,
         collate_fn: Callable[[list[Any]], Tree] | None,
         workers: int,
         units: Units,
@@ -61,6 +64,7 @@ class Private:
         self.optimizer = optimizer
         self.runner = runner
         self._dataset = dataset
+        self._coupling = coupling
         self._collate_fn = collate_fn
         self._workers = workers
         self._units = units
@@ -154,6 +158,8 @@ class Private:
         )
         charged = self.ledger.count
         try:
+            if self._coupling is not None:
+                self._coupling.check()  # the model may be in other train and eval modes than it was
             return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
         except BaseException:
             # Which steps fail may depend on the records in them: the batch must be tried again, or the training ends.
@@ -179,37 +185,51 @@ def make_private(
     collate_fn: Callable[[list[Any]], Tree] | None = None,
     workers: int = 0,
     engine: Engine | None = None,
-    ledger: Ledger | None = None,
+    ledger: Ledger | Callable[[], Ledger] | None = None,
     reduce: Reduce | None = None,
+    probe: Tree = None,
 ) -> Private:
     """Train `model` privately in your own loop. The model is neither wrapped nor renamed.
 
     loss_fn: loss_fn(model, batch) -> losses [rows]; `supervised(F.cross_entropy)` for (input, target) pairs.
     keys: whose record each row is, where the plan protects users. public: data that is not private, for stages that use some.
     collate_fn, workers: as for torch's DataLoader.
-    engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory.
-    reduce: sums a buffer over data-parallel workers.
+    engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory; a function is called, to
+    open one, once everything is accepted. reduce: sums a buffer over data-parallel workers.
+    probe: a small batch that is not private, as collate_fn gives them, on which model and loss are searched for coupling; None
+    makes random records with the shapes of the data set's (see `privgrad.nn.find_coupling`).
 
     Raises:
-        PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters.
-        RefusedError: a model that couples examples, with the ways out.
+        PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters, a loss
+            that is not one finite number per row.
+        RefusedError: a model or a loss that couples examples, with the ways out; it may also come from the first step in other
+            train and eval modes. (Where groups are clipped, examples of a group may couple.)
     """
     units = units_of(dataset, plan.protects, keys)
     plan = plan.for_dataset(units.count)
-    check_private(model, optimizer, plan)
-    chosen = VmapEngine() if engine is None else engine
-    ledger = Ledger(plan.terms()) if ledger is None else ledger
-    runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
-    return Private(model, optimizer, dataset, runner, collate_fn, workers, units)
-
-
-def check_private(model: nn.Module, optimizer: Optimizer, plan: Plan) -> None:
-    """Refuse what cannot be trained privately, before anything is written. See `make_private` for what is refused."""
     _check_optimizer(model, optimizer)
-    if plan.groups is None:
-        _check_coupling(model)
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+    coupling = None
+    if plan.groups is None:
+        coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
+        coupling.check()
+    chosen = VmapEngine() if engine is None else engine
+    if ledger is None:
+        ledger = Ledger(plan.terms())
+    elif not isinstance(ledger, Ledger):
+        ledger = ledger()
+    runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
+    return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units)
+
+
+def _probe(
+    model: nn.Module, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None, public: Tree
+) -> Probe:
+    if public is not None:
+        return PublicProbe(public)
+    with same_randomness(sorted({p.device for p in model.parameters()}, key=str)):  # reading a record may augment it
+        return SyntheticProbe.like(first_row(dataset, collate_fn))
 
 
 def _described(batch: object) -> str:
@@ -239,18 +259,4 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise PrivgradError(
             f"the optimizer does not hold {', '.join(missing)}; give it all trainable parameters, or freeze those "
             "(requires_grad = False)"
-        )
-
-
-def _check_coupling(model: nn.Module) -> None:
-    names = [
-        f"{name or 'the model itself'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats)
-    ]
-    if names:
-        raise RefusedError(
-            f"{', '.join(names)}: in train mode an example's output depends on the others in its batch, so that clipping its "
-            "gradient does not bound what it changes; use GroupNorm or LayerNorm, or freeze the layer with .eval() and given "
-            "statistics"
         )

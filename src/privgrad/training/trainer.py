@@ -31,7 +31,7 @@ from privgrad.training.checkpoint import load_tree, save_tree, save_weights
 from privgrad.training.disclosing import training_metrics
 from privgrad.training.evaluation import DeclaredSplit, accuracy
 from privgrad.training.interrupt import InterruptedRunError, stop_requests
-from privgrad.training.private import check_private, make_private
+from privgrad.training.private import make_private
 from privgrad.training.progress import ProgressDisplay, display
 from privgrad.training.run import Run, certificate_text, plan_text
 from privgrad.training.units import Keys, units_of
@@ -86,9 +86,9 @@ class Trainer:
         config: str | None = None,
         resume: bool = False,
         quiet: bool = False,
+        probe: Tree = None,
     ) -> None:
         self.plan = plan.for_dataset(units_of(dataset, plan.protects, keys).count)
-        check_private(model, optimizer, self.plan)
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(
                 "ReduceLROnPlateau follows a loss, which stays private; use a schedule that follows the step"
@@ -100,7 +100,6 @@ class Trainer:
         self._training_metrics = partial(training_metrics, self.plan.disclose, model, loss_fn, dataset, collate_fn)
         self._applied = 0
         self._average = None if averaging is None else AveragedWeights(model, averaging)
-        ledger = self._open_ledger(resume)
         self.private = make_private(
             model,
             optimizer,
@@ -112,7 +111,8 @@ class Trainer:
             collate_fn=collate_fn,
             workers=workers,
             engine=engine,
-            ledger=ledger,
+            ledger=lambda: self._open_ledger(resume),  # after all checks: a run that is refused writes nothing
+            probe=probe,
         )
         try:
             if resume and self.run.checkpoint.exists():
@@ -120,7 +120,7 @@ class Trainer:
             else:
                 self._save()
         except BaseException:
-            ledger.close()
+            self.private.ledger.close()
             raise
 
     def fit(self) -> Result:
