@@ -22,7 +22,6 @@ from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent, Po
 
 import privgrad
 from privgrad.errors import PrivgradError, VerificationError
-from privgrad.privacy import ledger as ledger_module
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import _SERIALISED, Accountant, Sampler, event_from_json, event_to_json
@@ -90,9 +89,7 @@ def test_a_charge_is_on_the_disk_before_its_receipt_is_given(tmp_path, monkeypat
     ledger = Ledger(TERMS, path)
     synced = []
     real = os.fsync
-    monkeypatch.setattr(
-        ledger_module.os, "fsync", lambda descriptor: (real(descriptor), synced.append(path.stat().st_size))
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (real(descriptor), synced.append(path.stat().st_size)))
     for step in (1, 2, 3):
         ledger.charge(STEP)
         assert read_ledger(path).count == step
@@ -619,7 +616,7 @@ def test_after_a_failing_flush_nothing_is_charged_until_resume(tmp_path, monkeyp
     ledger.charge(STEP)
     head = ledger.head
     with monkeypatch.context() as broken:
-        broken.setattr(ledger_module.os, "fsync", failing_sync)
+        broken.setattr(os, "fsync", failing_sync)
         with pytest.raises(PrivgradError, match="not taken"):
             ledger.charge(STEP)
     assert (ledger.count, ledger.head) == (1, head)
@@ -665,7 +662,7 @@ def test_after_a_write_that_fails_in_its_middle_nothing_is_charged_until_resume(
 
 
 def test_a_ledger_whose_first_line_cannot_be_written_is_not_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module.os, "fsync", failing_sync)
+    monkeypatch.setattr(os, "fsync", failing_sync)
     with pytest.raises(PrivgradError, match="cannot be written"):
         Ledger(TERMS, tmp_path / "ledger.jsonl")
 
@@ -679,7 +676,7 @@ def test_after_an_interrupt_in_the_flush_the_chain_stays_whole(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(ledger_module.os, "fsync", interrupted)
+        broken.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.charge(STEP)
     with suppress(PrivgradError):
@@ -711,7 +708,7 @@ def test_after_an_interrupt_just_behind_the_flush_the_chain_stays_whole(tmp_path
 def test_a_torn_line_that_cannot_be_cut_off_is_refused_in_words(tmp_path, monkeypatch):
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(written(path, STEP) + b"{")
-    monkeypatch.setattr(ledger_module.os, "fsync", failing_sync)
+    monkeypatch.setattr(os, "fsync", failing_sync)
     with pytest.raises(PrivgradError):
         Ledger.resume(path, TERMS)
 

@@ -122,7 +122,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
 
 def _resumed_config(run: Run, given: dict[str, Any]) -> Config:
     """The configuration that the run was started with; a given one must be the same."""
-    if not run.ledger.exists():
+    if not run.begun:
         raise PrivgradError(f"{run.directory} holds no run to resume; start one without --resume")
     before = complete(read_config(run.config))
     if given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from privgrad.errors import PrivgradError, command
-from privgrad.files import canonical_json, file_digest, read_json, write_atomically
+from privgrad.files import file_digest, read_json, write_atomically
 from privgrad.gradients.contract import Engine, LossFn, Tree
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.accounting import Precision
@@ -28,8 +29,9 @@ from privgrad.privacy.ledger import Ledger
 from privgrad.report.certificate_page import to_html
 from privgrad.training.averaging import AveragedWeights, ExponentialAverage
 from privgrad.training.batches import size_of
-from privgrad.training.checkpoint import load_tree, save_tree, save_weights
+from privgrad.training.checkpoint import load_tree, load_weights, save_tree, save_weights
 from privgrad.training.evaluation import DeclaredSplit, accuracy
+from privgrad.training.metrics import Metrics
 from privgrad.training.private import check_private, make_private
 from privgrad.training.progress import ProgressDisplay, display
 from privgrad.training.run import Run, certificate_text, plan_text
@@ -99,26 +101,30 @@ class Trainer:
         self._data_name, self._quiet, self._config = data_name, quiet, config
         self._every = max(1, self.plan.steps // max(1, evaluations))
         self._applied = 0
+        self._metrics = Metrics(self.run.metrics)
         self._average = None if averaging is None else AveragedWeights(model, averaging)
         ledger = self._open_ledger(resume)
-        self.private = make_private(
-            model,
-            optimizer,
-            dataset,
-            self.plan,
-            loss_fn,
-            public=public,
-            collate_fn=collate_fn,
-            workers=workers,
-            engine=engine,
-            ledger=ledger,
-        )
         try:
-            if resume and self.run.checkpoint.exists():
-                self._restore()
+            self.private = make_private(
+                model,
+                optimizer,
+                dataset,
+                self.plan,
+                loss_fn,
+                public=public,
+                collate_fn=collate_fn,
+                workers=workers,
+                engine=engine,
+                ledger=ledger,
+            )
+            self._complete = resume and self.run.complete
+            if resume:
+                self._go_on()
             else:
                 self._save()
         except BaseException:
+            if not resume:
+                ledger.abandon()
             ledger.close()
             raise
 
@@ -132,20 +138,20 @@ class Trainer:
         ledger = self.private.ledger
         bar.start(ledger.count, self.plan.steps)
         try:
-            complete = self.run.complete
-            if not complete:
-                with _stop_requests() as stop:
-                    self._loop(bar, stop)
-                self._save()
+            if self._complete:
+                return self._earlier()
+            with _stop_requests() as stop:
+                self._loop(bar, stop)
+            if self._metrics.last < ledger.count:
+                self._measure()  # a crash took the last look, or the last step itself
+            self._save()
             if self._average is not None:
                 self._average.copy_to_model()
             self.private.finalize()
-            return self._earlier() if complete else self._finish()
+            return self._finish()
         finally:
             bar.stop()
-            ledger.close()
-            if ledger.count == 0:
-                self.run.ledger.unlink(missing_ok=True)  # refused before its first step: the directory is free again
+            ledger.abandon()  # closes it; one without a step, so that the directory is free again
 
     def _loop(self, bar: ProgressDisplay, stop: threading.Event) -> None:
         ledger = self.private.ledger
@@ -192,8 +198,7 @@ class Trainer:
             with nullcontext() if self._average is None else self._average.applied():
                 entry["test_accuracy"] = accuracy(self.model, self.test)
             notes += f"  {self.test.name} accuracy {entry['test_accuracy']:.1%}"
-        with self.run.metrics.open("a") as stream:
-            stream.write(canonical_json(entry) + "\n")
+        self._metrics.add(entry)
         return notes
 
     def _open_ledger(self, resume: bool) -> Ledger:
@@ -202,11 +207,39 @@ class Trainer:
             self.run.check_plan(self.plan.to_json())
             return Ledger.resume(self.run.ledger, terms)
         self.run.create()
-        # The plan first: a directory with a ledger always says which plan it is of.
+        return Ledger(terms, self.run.ledger, self._write_plan)
+
+    def _write_plan(self) -> None:
+        """Before the ledger's first line: a directory in which a run has begun always says which plan it is of."""
+        self.run.clear()
         if self._config is not None:
             write_atomically(self.run.config, self._config)
         write_atomically(self.run.plan, plan_text(self.plan.to_json()))
-        return Ledger(terms, self.run.ledger)
+
+    def _go_on(self) -> None:
+        """Take up a resumed run: its weights, and what was measured of them."""
+        charged = self.private.ledger.count
+        self.run.check_tail()
+        if self._complete:
+            load_weights(self.run.model, self.model)
+            self.run.sync()
+            return
+        self.private.ledger.flush()
+        if self.run.checkpoint.exists():
+            self._restore()
+        elif self.run.model.exists():
+            raise PrivgradError(
+                f"{self.run.directory} holds a model without its checkpoint, so there is nothing to go on from; put the "
+                "checkpoint back, or choose another directory (--out)"
+            )
+        else:
+            if charged > 0:  # without steps, a crash came before the first checkpoint
+                print(
+                    f"privgrad: {self.run.checkpoint} is gone: {charged} steps stay charged, and the weights start anew",
+                    file=sys.stderr,
+                )
+            self._metrics.go_back(0)
+            self._save()
 
     def _save(self) -> None:
         ledger = self.private.ledger
@@ -240,6 +273,7 @@ class Trainer:
             self._applied = int(saved["applied"])
             if self._average is not None and saved["average"] is not None:
                 self._average.restore(saved["average"])
+            self._metrics.go_back(saved["ledger"]["steps"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise PrivgradError(
                 f"{self.run.checkpoint} does not fit this model and optimizer, or is damaged: {str(error).splitlines()[0]}; "
