@@ -23,7 +23,7 @@ from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
 from privgrad.training.run import Run, differences
-from privgrad.training.trainer import Result, Trainer
+from privgrad.training.trainer import InterruptedRunError, Result, Trainer
 
 
 def train(
@@ -100,24 +100,31 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     else:
         plan = build_plan(config, source.size)
     _warn(plan, source.size)
-    trainer = Trainer(
-        model,
-        optimizer,
-        source.train,
-        plan,
-        supervised(torch.nn.functional.cross_entropy),
-        directory=run.directory,
-        test=split,
-        schedule=schedule,
-        workers=workers,
-        engine=engine,
-        averaging=build_averaging(config),
-        evaluations=training["evaluations"],
-        data_name=f"{source.name}; {source.scaling}",
-        config=tomli_w.dumps(without_none(config)),
-        resume=resume,
-    )
-    return trainer.fit()
+    try:
+        trainer = Trainer(
+            model,
+            optimizer,
+            source.train,
+            plan,
+            supervised(torch.nn.functional.cross_entropy),
+            directory=run.directory,
+            test=split,
+            schedule=schedule,
+            workers=workers,
+            engine=engine,
+            averaging=build_averaging(config),
+            evaluations=training["evaluations"],
+            data_name=f"{source.name}; {source.scaling}",
+            config=tomli_w.dumps(without_none(config)),
+            resume=resume,
+        )
+        return trainer.fit()
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"stopped at once; what was charged is in the ledger; go on with: {command()} train --resume --out {run.directory}"
+            if run.begun
+            else "stopped before the first step; nothing was charged"
+        ) from None
 
 
 def _resumed_config(run: Run, given: dict[str, Any]) -> Config:
