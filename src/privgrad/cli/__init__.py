@@ -9,7 +9,7 @@ import typer
 
 from privgrad.cli import calibrate, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
-from privgrad.training.trainer import InterruptedRunError
+from privgrad.training.stops import InterruptedRunError
 
 app = typer.Typer(
     name="privgrad",
@@ -26,7 +26,9 @@ app.command("verify")(verify.verify)
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a check failed, 2 bad usage or input (one line), 130 stopped by the user."""
     code = run(sys.argv[1:])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop: an impatient Ctrl-C must not change the code
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # nothing is left to stop: an impatient Ctrl-C must not change the code
     sys.exit(code)
 
 

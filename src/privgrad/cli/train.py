@@ -23,7 +23,8 @@ from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
 from privgrad.training.run import Run, differences
-from privgrad.training.trainer import InterruptedRunError, Result, Trainer
+from privgrad.training.stops import InterruptedRunError
+from privgrad.training.trainer import Result, Trainer
 
 
 def train(

@@ -1,4 +1,4 @@
-"""A run directory: where each file is, and whether the files fit each other."""
+"""A run: what may be done with its directory, and whether its files fit each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dp_accounting import DpEvent
@@ -26,9 +25,10 @@ from privgrad.files import (
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.certificate import Evaluation, make_certificate, to_markdown
 from privgrad.privacy.events import event_to_json
-from privgrad.privacy.ledger import Record, has_begun, read_ledger
+from privgrad.privacy.ledger import Record, read_ledger
 from privgrad.report.certificate_page import to_html
 from privgrad.training.checkpoint import load_tree
+from privgrad.training.layout import Layout
 
 _TOLERANCE = 1e-6
 """Relative difference that the same accounting may show on another machine."""
@@ -45,56 +45,8 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of one run."""
-
-    directory: Path
-
-    @property
-    def config(self) -> Path:
-        return self.directory / "config.toml"
-
-    @property
-    def plan(self) -> Path:
-        return self.directory / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.directory / "ledger.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.directory / "model.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.directory / "checkpoint" / "latest.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
-
-    @property
-    def certificate(self) -> Path:
-        return self.directory / "certificate.json"
-
-    @property
-    def markdown(self) -> Path:
-        return self.directory / "certificate.md"
-
-    @property
-    def page(self) -> Path:
-        return self.directory / "certificate.html"
-
-    @property
-    def results(self) -> tuple[Path, ...]:
-        """What only a finished run holds."""
-        return self.model, self.certificate, self.markdown, self.page
-
-    @property
-    def begun(self) -> bool:
-        """True where a run has begun: its ledger has a first line, and can be resumed. Otherwise nothing was charged here."""
-        return has_begun(self.ledger)
+class Run(Layout):
+    """One run: its files, what may be done with them, and whether they fit each other."""
 
     @property
     def complete(self) -> bool:
@@ -106,21 +58,25 @@ class Run:
         return not broken
 
     def create(self) -> None:
-        """Make the directory.
+        """Make the directory for a new run.
 
         Raises:
             PrivgradError: it holds a run already, or what is left of one, or cannot be made.
         """
+        if self.begun:
+            raise PrivgradError(
+                f"{self.directory} already holds a run; continue it with --resume, or choose another directory (--out)"
+            )
+        left = self._left()
+        if left:
+            raise PrivgradError(
+                f"{self.directory} holds {', '.join(left)} of a run whose ledger is lost; choose another directory (--out)"
+            )
+        self.make()
+
+    def make(self) -> None:
+        """Make the directories that are missing."""
         try:
-            if self.begun:
-                raise PrivgradError(
-                    f"{self.directory} already holds a run; continue it with --resume, or choose another directory (--out)"
-                )
-            left = self._left()
-            if left:
-                raise PrivgradError(
-                    f"{self.directory} holds {', '.join(left)} of a run whose ledger is lost; choose another directory (--out)"
-                )
             make_directory(self.checkpoint.parent)
         except OSError as error:
             raise PrivgradError(f"{self.directory} cannot be made: {reason(error)}") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,13 +34,10 @@ from privgrad.training.metrics import Metrics
 from privgrad.training.private import check_private, make_private
 from privgrad.training.progress import ProgressDisplay, display
 from privgrad.training.run import Run, certificate_text, plan_text
+from privgrad.training.stops import InterruptedRunError, stop_requests
 
 _CHECKPOINT_SHARE = 0.05
 """The share of the time that checkpoints may take: a small model gets one after nearly every step."""
-
-
-class InterruptedRunError(PrivgradError):
-    """The user stopped the run. Everything is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ class Trainer:
         try:
             if self._complete:
                 return self._earlier()
-            with _stop_requests() as stop:
+            with stop_requests() as stop:
                 self._loop(bar, stop)
             if self._metrics.last < ledger.count:
                 self._measure()  # a crash took the last look, or the last step itself
@@ -239,6 +235,7 @@ class Trainer:
                     file=sys.stderr,
                 )
             self._metrics.go_back(0)
+            self.run.make()
             self._save()
 
     def _save(self) -> None:
@@ -310,24 +307,3 @@ class Trainer:
         return Result(
             record.spent(), self.plan.delta, record.count, facts.noise_multiplier, reached, self.run.directory
         )
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or a polite kill) sets; the second one is an ordinary KeyboardInterrupt."""
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield requested
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if requested.is_set():
-            raise KeyboardInterrupt
-        requested.set()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
