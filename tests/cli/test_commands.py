@@ -535,14 +535,15 @@ def test_resuming_with_the_same_configuration_is_allowed(stopped: Path) -> None:
         ("plan.steps=4", "plan.steps was {steps} and is 4"),
         ("plan.noise.multiplier=2.0", "plan.noise.multiplier was {multiplier} and is 2.0"),
         ("privacy.delta=1e-6", "privacy.delta was 1e-05 and is 1e-06"),
-        ("model.name=mlp", "model.name was 'tests.cli.test_commands:Stopping' and is 'mlp'"),
+        ("model.name=mlp", "model.name was '{model}' and is 'mlp'"),
         ("training.seed=1", "training.seed was 0 and is 1"),
     ],
 )
 def test_resuming_with_another_configuration_names_the_key_that_differs(stopped: Path, setting: str, key: str) -> None:
     line = refusal("train", stopped / "config.toml", "--resume", "--out", stopped, "--set", setting)
-    before = tomllib.loads((stopped / "config.toml").read_text())["plan"]
-    key = key.format(steps=before["steps"], multiplier=before["noise"]["multiplier"])
+    config = tomllib.loads((stopped / "config.toml").read_text())
+    before, model = config["plan"], config["model"]["name"]
+    key = key.format(steps=before["steps"], multiplier=before["noise"]["multiplier"], model=model)
     assert line.startswith(f"the settings differ from those of the run in {stopped}: {key};")
 
 

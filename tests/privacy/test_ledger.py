@@ -22,11 +22,10 @@ from dp_accounting import GaussianDpEvent, LaplaceDpEvent, NonPrivateDpEvent, Po
 
 import privgrad
 from privgrad.errors import PrivgradError, VerificationError
-from privgrad.privacy import ledger as ledger_module
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import _SERIALISED, Accountant, Sampler, event_from_json, event_to_json
-from privgrad.privacy.ledger import Ledger, Receipt, Terms, read_ledger
+from privgrad.privacy.ledger import Ledger, Receipt, Terms, has_begun, read_ledger
 
 TERMS = Terms("ab" * 32, Sampler.POISSON, Adjacency.ZERO_OUT, Accountant.PLD, 1e-5)
 STEP = PoissonSampledDpEvent(0.25, GaussianDpEvent(1.5))
@@ -90,9 +89,7 @@ def test_a_charge_is_on_the_disk_before_its_receipt_is_given(tmp_path, monkeypat
     ledger = Ledger(TERMS, path)
     synced = []
     real = os.fsync
-    monkeypatch.setattr(
-        ledger_module.os, "fsync", lambda descriptor: (real(descriptor), synced.append(path.stat().st_size))
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (real(descriptor), synced.append(path.stat().st_size)))
     for step in (1, 2, 3):
         ledger.charge(STEP)
         assert read_ledger(path).count == step
@@ -543,9 +540,123 @@ def test_an_existing_file_is_never_started_anew(tmp_path):
     with pytest.raises(PrivgradError, match="exists"):
         Ledger(TERMS, path)
     assert path.read_bytes() == raw
-    (tmp_path / "empty").touch()
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, None])
+def test_a_ledger_without_a_whole_first_line_has_not_begun_and_can_be_started(tmp_path, length):
+    """A crash in the write of the first line: nothing was charged, so nothing can be forgotten."""
+    path = tmp_path / "ledger.jsonl"
+    raw = written(path)
+    path.write_bytes(raw[:-1][:length])
+    assert not has_begun(path)
+    ledger = Ledger(TERMS, path)
+    assert ledger.charge(STEP).step == 1
+    ledger.close()
+    assert has_begun(path)
+    assert path.read_bytes()[: len(raw)] == raw
+    assert read_ledger(path).count == 1
+
+
+def test_what_is_too_long_for_a_torn_first_line_is_not_overwritten(tmp_path):
+    """A ledger whose line ends were lost holds charges, though it has no line."""
+    path = tmp_path / "ledger.jsonl"
+    raw = written(path, *[STEP] * 20).replace(b"\n", b" ")
+    path.write_bytes(raw)
     with pytest.raises(PrivgradError, match="exists"):
-        Ledger(TERMS, tmp_path / "empty")
+        Ledger(TERMS, path)
+    assert path.read_bytes() == raw
+
+
+def test_a_hole_of_zeros_in_the_last_line_is_a_torn_line_and_elsewhere_damage(tmp_path):
+    """What a power cut can leave of a line that was not flushed yet: its end is on the disk and its start is not."""
+    path = tmp_path / "ledger.jsonl"
+    lines = written(path, STEP, STEP).splitlines(keepends=True)
+    hole = bytes(40) + lines[2][40:]
+    path.write_bytes(lines[0] + lines[1] + hole)
+    assert (read_ledger(path).count, read_ledger(path).torn) == (1, len(hole))
+    ledger = Ledger.resume(path, TERMS)
+    ledger.charge(STEP)
+    ledger.close()
+    assert path.read_bytes() == b"".join(lines)
+    path.write_bytes(lines[0] + bytes(40) + lines[1][40:] + lines[2])
+    with pytest.raises(VerificationError):
+        read_ledger(path)
+    path.write_bytes(bytes(10) + lines[0][10:])
+    assert not has_begun(path)
+
+
+def test_what_must_be_there_before_the_first_line_is_written_under_the_lock(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    seen = []
+
+    def prepare() -> None:
+        with pytest.raises(PrivgradError, match="in use"):
+            Ledger(TERMS, path)
+        seen.append(path.read_bytes())
+
+    Ledger(TERMS, path, prepare).close()
+    assert seen == [b""]
+
+
+def test_a_start_that_cannot_be_prepared_leaves_no_run_and_no_lock(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+
+    def failing() -> None:
+        raise PrivgradError("no plan")
+
+    with pytest.raises(PrivgradError, match="no plan"):
+        Ledger(TERMS, path, failing)
+    assert not has_begun(path)
+    Ledger(TERMS, path).close()
+
+
+def test_an_abandoned_ledger_is_free_again_unless_something_was_charged(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(TERMS, path).abandon()
+    assert not has_begun(path)
+    ledger = Ledger(TERMS, path)
+    ledger.charge(STEP)
+    ledger.abandon()
+    assert read_ledger(path).count == 1
+    Ledger.resume(path, TERMS).abandon()
+    assert read_ledger(path).count == 1
+
+
+def test_a_forgotten_ledger_gives_its_lock_back(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    Ledger(TERMS, path)
+    assert Ledger.resume(path, TERMS).count == 0
+
+
+def test_a_child_of_the_process_neither_holds_the_lock_nor_charges(tmp_path):
+    """Data-loading workers are forks: one that outlives its killed parent must not keep the run from being resumed."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(TERMS, path)
+    ledger.charge(STEP)
+    ready, go_on = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(go_on)
+        code = 0
+        with suppress(PrivgradError):
+            ledger.charge(STEP)
+            code = 1
+        os.read(ready, 1)  # lives on, until the parent has looked
+        os._exit(code)
+    try:
+        with pytest.raises(PrivgradError, match="in use"):
+            Ledger.resume(path, TERMS)
+        assert ledger.charge(STEP).step == 2
+        ledger.close()
+        resumed = Ledger.resume(path, TERMS)
+        assert resumed.count == 2
+        resumed.close()
+    finally:
+        os.close(go_on)
+        _, status = os.waitpid(child, 0)
+        os.close(ready)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert read_ledger(path).count == 2
 
 
 def test_a_ledger_is_open_once_in_a_process(tmp_path):
@@ -619,7 +730,7 @@ def test_after_a_failing_flush_nothing_is_charged_until_resume(tmp_path, monkeyp
     ledger.charge(STEP)
     head = ledger.head
     with monkeypatch.context() as broken:
-        broken.setattr(ledger_module.os, "fsync", failing_sync)
+        broken.setattr(os, "fsync", failing_sync)
         with pytest.raises(PrivgradError, match="not taken"):
             ledger.charge(STEP)
     assert (ledger.count, ledger.head) == (1, head)
@@ -665,7 +776,7 @@ def test_after_a_write_that_fails_in_its_middle_nothing_is_charged_until_resume(
 
 
 def test_a_ledger_whose_first_line_cannot_be_written_is_not_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(ledger_module.os, "fsync", failing_sync)
+    monkeypatch.setattr(os, "fsync", failing_sync)
     with pytest.raises(PrivgradError, match="cannot be written"):
         Ledger(TERMS, tmp_path / "ledger.jsonl")
 
@@ -679,7 +790,7 @@ def test_after_an_interrupt_in_the_flush_the_chain_stays_whole(tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(ledger_module.os, "fsync", interrupted)
+        broken.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.charge(STEP)
     with suppress(PrivgradError):
@@ -711,7 +822,7 @@ def test_after_an_interrupt_just_behind_the_flush_the_chain_stays_whole(tmp_path
 def test_a_torn_line_that_cannot_be_cut_off_is_refused_in_words(tmp_path, monkeypatch):
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(written(path, STEP) + b"{")
-    monkeypatch.setattr(ledger_module.os, "fsync", failing_sync)
+    monkeypatch.setattr(os, "fsync", failing_sync)
     with pytest.raises(PrivgradError):
         Ledger.resume(path, TERMS)
 

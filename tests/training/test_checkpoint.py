@@ -305,13 +305,13 @@ def test_the_new_content_is_on_the_disk_before_it_takes_the_name(stored: Path, m
     class Killed(BaseException):
         pass
 
-    def killed(self: Path, target: Path) -> None:
+    def killed(source: Path, target: Path) -> None:
         assert flushed
         assert stored.read_bytes() == before
-        assert equal(load_tree(self), {"new": torch.zeros(3)})
+        assert equal(load_tree(source), {"new": torch.zeros(3)})
         raise Killed
 
-    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(Killed):
         save_tree(stored, {"new": torch.zeros(3)})
     assert stored.read_bytes() == before

@@ -24,11 +24,12 @@ from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import SeededSource
 from privgrad.mechanism.step import StepRunner
 from privgrad.privacy.ledger import read_ledger
+from privgrad.training import run as run_module
 from privgrad.training import trainer as trainer_module
 from privgrad.training.averaging import ExponentialAverage
 from privgrad.training.checkpoint import load_tree
-from privgrad.training.interrupt import InterruptedRunError
 from privgrad.training.run import Run
+from privgrad.training.stops import InterruptedRunError
 from privgrad.training.trainer import Trainer
 
 STEPS = 6
@@ -560,7 +561,7 @@ def test_a_crash_while_the_certificate_is_made_is_healed_by_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "make_certificate", lambda *_, **__: crash())
+        patch.setattr(run_module, "make_certificate", lambda *_, **__: crash())
         trainer = build(tmp_path)
         with pytest.raises(CrashError):
             trainer.fit()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
 
 from privgrad.cli import calibrate, compare, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
-from privgrad.training.interrupt import InterruptedRunError
+from privgrad.training.stops import InterruptedRunError
 
 app = typer.Typer(
     name="privgrad",
@@ -25,7 +26,11 @@ app.command("compare")(compare.compare)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a check failed, 2 bad usage or input (one line), 130 stopped by the user."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # nothing is left to stop: an impatient Ctrl-C must not change the code
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -34,13 +39,14 @@ def run(arguments: list[str]) -> int:
         # No command: the help is what was asked for.
         arguments = arguments or ["--help"]
         code = typer.main.get_command(app).main(arguments, prog_name=command(), standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # typer turns a KeyboardInterrupt into this code, and says nothing.
+        return _say("stopped", 130) if code == 130 else code if isinstance(code, int) else 0
     except InterruptedRunError as stop:
         return _say(str(stop), 130)
     except PrivgradError as error:
         return _say(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("stopped at once; the last checkpoint and the ledger are on the disk (--resume goes on)", 130)
+        return _say("stopped", 130)
     except OSError as error:
         return _say(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except Exception as error:

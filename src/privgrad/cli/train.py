@@ -31,6 +31,7 @@ from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit, check_declared
 from privgrad.training.loss import supervised
 from privgrad.training.run import Run, differences
+from privgrad.training.stops import InterruptedRunError
 from privgrad.training.trainer import Result, Trainer
 
 
@@ -114,30 +115,37 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     else:
         plan = build_plan(config, units_in(source))
     _warn(plan, units_in(source))
-    trainer = Trainer(
-        model,
-        optimizer,
-        source.train,
-        plan,
-        supervised(torch.nn.functional.cross_entropy),
-        keys=source.keys,
-        directory=run.directory,
-        test=split,
-        schedule=schedule,
-        workers=workers,
-        engine=engine,
-        averaging=build_averaging(config),
-        evaluations=training["evaluations"],
-        data_name=f"{source.name}; {source.scaling}",
-        config=tomli_w.dumps(without_none(config)),
-        resume=resume,
-    )
-    return trainer.fit()
+    try:
+        trainer = Trainer(
+            model,
+            optimizer,
+            source.train,
+            plan,
+            supervised(torch.nn.functional.cross_entropy),
+            keys=source.keys,
+            directory=run.directory,
+            test=split,
+            schedule=schedule,
+            workers=workers,
+            engine=engine,
+            averaging=build_averaging(config),
+            evaluations=training["evaluations"],
+            data_name=f"{source.name}; {source.scaling}",
+            config=tomli_w.dumps(without_none(config)),
+            resume=resume,
+        )
+        return trainer.fit()
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            f"stopped at once; what was charged is in the ledger; go on with: {command()} train --resume --out {run.directory}"
+            if run.begun
+            else "stopped before the first step; nothing was charged"
+        ) from None
 
 
 def _resumed_config(run: Run, given: dict[str, Any], beside: Path | None) -> Config:
     """The configuration that the run was started with; a given one must be the same."""
-    if not run.ledger.exists():
+    if not run.begun:
         raise PrivgradError(f"{run.directory} holds no run to resume; start one without --resume")
     before = complete(read_config(run.config))
     if given:

@@ -7,19 +7,18 @@ or taken out. A missing tail is found by whoever holds the count and the head ha
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dp_accounting import DpEvent, NoOpDpEvent
 
 from privgrad.errors import PrivgradError, VerificationError, check_number
-from privgrad.files import canonical_json, digest, sync_directory
+from privgrad.files import AppendFile, canonical_json, digest, reason
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.adjacency import Adjacency
@@ -28,6 +27,7 @@ from privgrad.privacy.events import Accountant, Sampler, compose, event_from_jso
 _FORMAT = 1
 _FIRST_KEYS = {"format", "plan", "sampler", "adjacency", "accountant", "delta", "previous", "hash"}
 _STEP_KEYS = {"step", "event", "previous", "hash"}
+_LONGEST_FIRST_LINE = 4096
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,35 @@ def _read_line(raw: bytes, number: int, previous: str) -> dict[str, Any]:
     return dict(entry)
 
 
+def _split(raw: bytes) -> tuple[list[bytes], bytes]:
+    """The lines, and a last one that a crash cut off.
+
+    A power cut may also leave a hole of zeros in a line that was not flushed yet. No change of a single bit makes a zero byte of
+    a ledger's line, so that this is not mistaken for damage.
+    """
+    *lines, tail = raw.split(b"\n")
+    if not tail and lines and b"\0" in lines[-1]:
+        tail = lines.pop() + b"\n"
+    return lines, tail
+
+
+def has_begun(path: Path) -> bool:
+    """True where the ledger at `path` has its first line. Without it nothing was ever charged, and a run may start there.
+
+    Raises:
+        PrivgradError: a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(_LONGEST_FIRST_LINE + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise PrivgradError(f"{path} cannot be read: {reason(error)}") from error
+    lines, _ = _split(start)
+    return bool(lines) or len(start) > _LONGEST_FIRST_LINE
+
+
 def read_ledger(path: Path) -> Record:
     """Read and check a whole ledger.
 
@@ -142,8 +171,8 @@ def read_ledger(path: Path) -> Record:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
-    *lines, tail = raw.split(b"\n")
+        raise PrivgradError(f"{path} cannot be read: {reason(error)}") from error
+    lines, tail = _split(raw)
     if not lines:
         raise VerificationError(f"{path} holds no complete line; expected the ledger's terms in the first")
     first = _read_line(lines[0] + b"\n", 1, "")
@@ -174,10 +203,13 @@ class Ledger:
     further charge is refused, because nobody knows what the file then holds.
     """
 
-    def __init__(self, terms: Terms, path: Path | None = None) -> None:
-        """Start a new ledger. An existing file is refused: `Ledger.resume` continues one."""
+    def __init__(self, terms: Terms, path: Path | None = None, prepare: Callable[[], None] | None = None) -> None:
+        """Start a new ledger. A file in which a run has begun is refused: `Ledger.resume` continues one.
+
+        prepare: called while the file is locked and before its first line is written: for what a begun run must have.
+        """
         self.terms = terms
-        self._file: FileIO | None = None
+        self._file: AppendFile | None = None
         self._events: Counter[DpEvent] = Counter()
         self._count = 0
         self._broken = False
@@ -185,15 +217,20 @@ class Ledger:
         if path is None:
             return
         try:
-            self._file = path.open("xb", buffering=0)
-        except FileExistsError:
-            raise PrivgradError(f"{path} exists already; resume that run or choose another directory") from None
+            self._file = AppendFile(path, create=True)
+            if has_begun(path):
+                raise PrivgradError(f"{path} exists already; resume that run or choose another directory")
+            self._file.cut(0)  # a first line that a crash cut off
+            if prepare is not None:
+                prepare()
+            self._append(line)
+            self._broken = False
         except OSError as error:
-            raise PrivgradError(f"{path} cannot be written: {error.strerror or error}") from error
-        _lock(self._file, path)
-        self._append(line)
-        self._broken = False
-        sync_directory(path.parent)
+            self.close()
+            raise PrivgradError(f"{path} cannot be written: {reason(error)}") from error
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def resume(cls, path: Path, terms: Terms) -> Ledger:
@@ -204,27 +241,24 @@ class Ledger:
             VerificationError: a broken chain.
         """
         try:
-            stream = path.open("r+b", buffering=0)
+            file = AppendFile(path)
         except OSError as error:
-            raise PrivgradError(f"{path} cannot be opened: {error.strerror or error}") from error
-        _lock(stream, path)
+            raise PrivgradError(f"{path} cannot be opened: {reason(error)}") from error
         try:
             record = read_ledger(path)
             if record.terms != terms:
                 raise PrivgradError(f"{path} was written for another plan; resume with the plan that started it")
             if record.torn:
                 # The line was cut off in the middle of its write: `charge` never returned, so its noise was never used.
-                stream.truncate(path.stat().st_size - record.torn)
-                os.fsync(stream.fileno())
-            stream.seek(0, os.SEEK_END)
+                file.cut(path.stat().st_size - record.torn)
         except OSError as error:
-            stream.close()
-            raise PrivgradError(f"{path} cannot be mended: {error.strerror or error}") from error
-        except PrivgradError:
-            stream.close()
+            file.close()
+            raise PrivgradError(f"{path} cannot be mended: {reason(error)}") from error
+        except BaseException:
+            file.close()
             raise
         ledger = cls.__new__(cls)
-        ledger.terms, ledger._file, ledger._broken = terms, stream, False
+        ledger.terms, ledger._file, ledger._broken = terms, file, False
         ledger._events, ledger._count, ledger._head = Counter(record.events), record.count, record.head
         return ledger
 
@@ -241,6 +275,11 @@ class Ledger:
         self._events[event] += 1
         self._broken = False
         return Receipt(self._count, event)
+
+    def flush(self) -> None:
+        """After `resume`, before anything is written that names its count: make sure that every line is on the disk."""
+        self._append(b"")
+        self._broken = False
 
     @property
     def record(self) -> Record:
@@ -263,27 +302,21 @@ class Ledger:
             self._file.close()
             self._broken = True
 
+    def abandon(self) -> None:
+        """Close it; where nothing was charged, the file says again that no run has begun, so that another can start there."""
+        try:
+            if self._count == 0 and self._file is not None:
+                with contextlib.suppress(OSError):  # then the run can be resumed instead
+                    self._file.cut(0)
+        finally:
+            self.close()
+
     def _append(self, line: bytes) -> None:
         if self._file is None:
             return
         # Broken until the step is counted: an interrupt anywhere before leaves a ledger that nobody may go on with.
         self._broken = True
         try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            self._file.append(line)
         except OSError as error:
-            raise PrivgradError(
-                f"the ledger cannot be written ({error.strerror or error}); the step was not taken"
-            ) from error
-
-
-def _lock(stream: FileIO, path: Path) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        stream.close()
-        raise PrivgradError(
-            f"{path.parent} is in use by another privgrad process; wait for it or choose another directory"
-        ) from None
+            raise PrivgradError(f"the ledger cannot be written ({reason(error)}); the step was not taken") from error

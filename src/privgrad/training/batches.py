@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
@@ -78,17 +81,16 @@ class _Rows(Dataset[Any]):
     def __len__(self) -> int:
         return size_of(self.dataset)
 
-    def __getitem__(self, drawn: Drawn) -> tuple[Fold, Tree]:
-        """The fold, and the collated rows (None for none)."""
-        indices = drawn.rows
+    def __getitem__(self, indices: NDArray[numpy.int64]) -> Tree:
+        """The collated rows (None for none)."""
         if len(indices) == 0:
-            return drawn.fold, None
+            return None
         whole = taker(self.dataset) if self.collate_fn is None else None
         if whole is not None:
-            return drawn.fold, whole(indices)
+            return whole(torch.from_numpy(indices))
         fetch = getattr(self.dataset, "__getitems__", None)
         rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
-        return drawn.fold, (self.collate_fn or default_collate)(rows)
+        return (self.collate_fn or default_collate)(rows)
 
 
 def size_of(dataset: Dataset[Any]) -> int:
@@ -112,8 +114,7 @@ def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | N
         PrivgradError: a record that cannot be read or collated. (Its kind only: the words of an error may hold the record.)
     """
     try:
-        first = Drawn(torch.zeros(1, dtype=torch.int64), Fold.identity(1))
-        return _Rows(dataset, collate_fn)[first][1]
+        return _Rows(dataset, collate_fn)[numpy.zeros(1, dtype=numpy.int64)]
     except PrivgradError:
         raise
     except Exception as error:
@@ -136,16 +137,25 @@ def sampled_batches(
     pin_memory: bool = False,
 ) -> Iterator[SampledBatch]:
     """One batch per draw. An empty draw gives a batch with data None: a step like any other."""
+    folds: deque[Fold] = deque()
+
+    def indices() -> Iterator[NDArray[numpy.int64]]:
+        # Workers get row numbers only, as an array: a tensor would travel as an open file of this process.
+        for drawn in draws:
+            folds.append(drawn.fold)
+            yield drawn.rows.numpy()
+
     loader = DataLoader(
         _Rows(dataset, collate_fn),
-        sampler=draws,
+        sampler=indices(),
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # of its own: making a loader must not move the user's (dropout, after a resume)
     )
-    for fold, data in loader:
+    for data in loader:  # in the order of the draws, whatever the workers do
+        fold = folds.popleft()
         rows = len(fold.index)
         for leaf in pytree.tree_leaves(data):
             if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != rows):

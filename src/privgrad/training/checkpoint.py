@@ -6,6 +6,7 @@ numbered names, the shape of the tree as JSON in the header.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
 from privgrad.files import write_atomically
@@ -27,29 +28,63 @@ def save_tree(path: Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_flatten(tree, tensors))
+    # One entry: safetensors writes several in any order, and equal trees shall give equal files.
+    header = json.dumps({"sha256": _digest(structure, tensors), "tree": structure})
     try:
-        content = save(tensors, metadata={"tree": structure})
+        content = save(tensors, metadata={"tree": header})
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise PrivgradError(f"a checkpoint cannot hold one of these tensors: {error}") from error
     write_atomically(path, content)
 
 
 def load_tree(path: Path) -> Any:
-    """The tree of a file written by `save_tree`."""
+    """The tree of a file written by `save_tree`.
+
+    Raises:
+        PrivgradError: a file in which anything was changed, or that is not there.
+    """
     try:
         with safe_open(str(path), framework="pt") as stream:
-            structure = json.loads(stream.metadata()["tree"])
+            header = json.loads(stream.metadata()["tree"])
         tensors = load_file(path)
-        return _unflatten(structure, tensors)
+        if header["sha256"] != _digest(header["tree"], tensors):
+            raise ValueError("its checksum does not fit its content")
+        return _unflatten(json.loads(header["tree"]), tensors)
     except FileNotFoundError:
         raise PrivgradError(f"{path} does not exist; there is nothing to resume from") from None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise PrivgradError(f"{path} is not a privgrad checkpoint, or is damaged: {error}") from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise PrivgradError(
+            f"{path} is not a privgrad checkpoint, or is damaged: {error}; put a copy back, or remove it to start from new "
+            "weights (what was charged stays charged)"
+        ) from error
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write a model's state_dict as an ordinary safetensors file with the model's own keys."""
     write_atomically(path, save({name: _own(value) for name, value in state.items()}))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put the weights of a file written by `save_weights` into `model`.
+
+    Raises:
+        PrivgradError: a damaged file, or one of another model.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrivgradError(f"{path} does not fit this model, or is damaged: {reason}") from error
+
+
+def _digest(structure: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of a tree: a bit that a disk flips must not go on training."""
+    found = hashlib.sha256(structure.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _own(tensor: Tensor) -> Tensor:

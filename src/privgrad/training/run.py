@@ -1,24 +1,36 @@
-"""A run directory: where each file is, and whether the files fit each other."""
+"""A run: what may be done with its directory, and whether its files fit each other."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import UTC, datetime
 from typing import Any
 
 from dp_accounting import DpEvent
 
-from privgrad.errors import PrivgradError, VerificationError
-from privgrad.files import canonical_json, digest, file_digest, read_json
+from privgrad.errors import PrivgradError, VerificationError, check_count
+from privgrad.files import (
+    canonical_json,
+    digest,
+    file_digest,
+    is_locked,
+    make_directory,
+    read_json,
+    reason,
+    remove,
+    sync_directory,
+    write_atomically,
+)
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.certificate import Evaluation, make_certificate, to_markdown
 from privgrad.privacy.events import event_to_json
 from privgrad.privacy.ledger import Record, read_ledger
 from privgrad.report.certificate_page import to_html
 from privgrad.training.checkpoint import load_tree
+from privgrad.training.layout import Layout
 
 _TOLERANCE = 1e-6
 """Relative difference that the same accounting may show on another machine."""
@@ -35,70 +47,57 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of one run."""
-
-    directory: Path
-
-    @property
-    def config(self) -> Path:
-        return self.directory / "config.toml"
-
-    @property
-    def plan(self) -> Path:
-        return self.directory / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.directory / "ledger.jsonl"
-
-    @property
-    def model(self) -> Path:
-        return self.directory / "model.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.directory / "checkpoint" / "latest.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
-
-    @property
-    def certificate(self) -> Path:
-        return self.directory / "certificate.json"
-
-    @property
-    def markdown(self) -> Path:
-        return self.directory / "certificate.md"
-
-    @property
-    def page(self) -> Path:
-        return self.directory / "certificate.html"
+class Run(Layout):
+    """One run: its files, what may be done with them, and whether they fit each other."""
 
     @property
     def complete(self) -> bool:
-        """True where everything that a finished run holds is there."""
-        return all(path.exists() for path in (self.ledger, self.model, self.certificate, self.markdown, self.page))
+        """True where everything that a finished run holds is there and fits; otherwise it can be finished again."""
+        if not self.begun or not all(path.exists() for path in self.results):
+            return False
+        broken: list[str] = []
+        _collect(broken, "certificate", self._fitting_certificate)
+        return not broken
 
     def create(self) -> None:
-        """Make the directory.
+        """Make the directory for a new run.
 
         Raises:
-            PrivgradError: it holds a run already, or cannot be made.
+            PrivgradError: it holds a run already, or what is left of one, or cannot be made.
         """
-        if self.ledger.exists():
+        if self.begun:
             raise PrivgradError(
                 f"{self.directory} already holds a run; continue it with --resume, or choose another directory (--out)"
             )
+        left = self._left()
+        if left:
+            raise PrivgradError(
+                f"{self.directory} holds {', '.join(left)} of a run whose ledger is lost; choose another directory (--out)"
+            )
+        self.make()
+
+    def make(self) -> None:
+        """Make the directories that are missing."""
         try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(self.checkpoint.parent)
         except OSError as error:
-            raise PrivgradError(f"{self.directory} cannot be made: {error.strerror or error}") from error
+            raise PrivgradError(f"{self.directory} cannot be made: {reason(error)}") from error
+
+    def sync(self) -> None:
+        """Make the last file of a finished run survive a power cut: who wrote it may have died before that."""
+        try:
+            sync_directory(self.directory)
+        except OSError as error:
+            raise PrivgradError(f"{self.directory} cannot be flushed to the disk: {reason(error)}") from error
+
+    def clear(self) -> None:
+        """Remove what a start that came to nothing left behind, before another run begins here."""
+        for path in (self.checkpoint, self.metrics):
+            remove(path)
 
     def check_plan(self, plan: dict[str, Any]) -> None:
         """Refuse to continue the run with another plan than it was started with."""
-        if not self.ledger.exists():
+        if not self.begun:
             raise PrivgradError(f"{self.directory} holds no run to resume; start one without --resume")
         before = read_json(self.plan)
         changed = differences(before, plan)
@@ -108,33 +107,66 @@ class Run:
                 "resume with the same plan, or start another run"
             )
 
-    def check_tail(self, seen: dict[str, Any]) -> None:
-        """Refuse a ledger that lost lines which someone (a checkpoint, a certificate) has seen."""
-        _check_tail(read_ledger(self.ledger), seen, "checkpoint")
+    def certify(self, record: Record, plan: Plan, applied: int, data: str, evaluation: Evaluation | None) -> None:
+        """Write the certificate of the model that is there, in its three forms. applied: steps whose noise is in the model."""
+        certificate = make_certificate(
+            record,
+            plan.facts(),
+            steps_applied=applied,
+            data=data,
+            model_digest=file_digest(self.model),
+            evaluation=evaluation,
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+        write_atomically(self.certificate, certificate_text(certificate))
+        write_atomically(self.markdown, to_markdown(certificate))
+        write_atomically(self.page, to_html(certificate))
+
+    def check_tail(self, seen: dict[str, Any] | None = None) -> None:
+        """Refuse a ledger that lost lines which the checkpoint (`seen`, where there is one) or a certificate has seen."""
+        record = read_ledger(self.ledger)
+        if seen is not None:
+            _check_tail(record, seen, "checkpoint")
+        certificate = _collect([], "certificate", self._read_certificate)
+        if certificate is not None:  # a damaged one has seen nothing, and is written anew
+            _check_tail(record, certificate["ledger"], "certificate")
 
     def verify(self) -> Verified:
-        """Recompute epsilon from the ledger alone, and compare every file of the run with it.
+        """Recompute epsilon from the ledger alone, and compare every file of the run with it. Also while the run is going on.
 
         Raises:
             VerificationError: a broken ledger.
-            PrivgradError: no ledger.
+            PrivgradError: no run.
         """
-        if not self.ledger.exists():
-            if not self.plan.exists() and not self.certificate.exists():
-                raise PrivgradError(
-                    f"{self.directory} is not a run (it holds no ledger.jsonl); expected what `train` makes"
-                )
-            raise VerificationError(f"{self.ledger} is missing; without its ledger a run has no guarantee")
-        record = read_ledger(self.ledger)
+        if not self.begun:
+            if self._left() or (self.plan.exists() and not self.ledger.exists()):
+                raise VerificationError(f"{self.ledger} is missing or empty; without its ledger a run has no guarantee")
+            raise PrivgradError(
+                f"{self.directory} is not a run (no ledger.jsonl in which anything was charged); expected what `train` makes"
+            )
         mismatches: list[str] = []
-        for check in (self._plan_mismatch, self._checkpoint_mismatch):
-            _collect(mismatches, check, record)
-        finished = any(path.exists() for path in (self.certificate, self.markdown, self.page, self.model))
+        # The ledger last: a run that is going on adds to it, and checkpoint and certificate never know more than it.
+        finished = any(path.exists() for path in self.results) and not is_locked(self.ledger)
+        saved = _collect(
+            mismatches, "checkpoint", lambda: load_tree(self.checkpoint) if self.checkpoint.exists() else None
+        )
+        record = read_ledger(self.ledger)
+        _collect(mismatches, "plan", lambda: self._check_plan(record))
+        if saved is not None:
+            _collect(mismatches, "checkpoint", lambda: _check_checkpoint(record, saved))
         if finished:
-            _collect(mismatches, self._certificate_mismatch, record)
+            _collect(mismatches, "certificate", lambda: self._check_certificate(record))
         return Verified(record.spent(), record.count, finished, mismatches)
 
-    def _plan_mismatch(self, record: Record) -> None:
+    def _left(self) -> list[str]:
+        """The files that show that steps were charged here, also where no ledger says so."""
+        left = [path.name for path in self.results if path.exists()]
+        if self.checkpoint.exists():
+            steps = _collect([], "checkpoint", lambda: load_tree(self.checkpoint)["ledger"]["steps"])
+            left += [] if steps == 0 else [self.checkpoint.name]
+        return left
+
+    def _check_plan(self, record: Record) -> None:
         stored = read_json(self.plan)
         if digest(stored) != record.terms.plan:
             raise VerificationError("plan.json is not the plan that the ledger was written for")
@@ -151,27 +183,30 @@ class Run:
                 f"expected {_shown(plan.events(record.count))}"
             )
 
-    def _checkpoint_mismatch(self, record: Record) -> None:
-        if self.checkpoint.exists():
-            saved = load_tree(self.checkpoint)
-            _check_tail(record, saved["ledger"], "checkpoint")
-            if saved["applied"] > record.count:
-                raise VerificationError(f"{saved['applied']} steps were applied and only {record.count} charged")
-
-    def _certificate_mismatch(self, record: Record) -> None:
+    def _read_certificate(self) -> dict[str, Any]:
+        """The content of certificate.json, where it is as it was written."""
         stored = read_json(self.certificate)
         content = {key: value for key, value in stored.items() if key != "digest"}
         if stored.get("digest") != digest(content):
             raise VerificationError("certificate.json was changed: its digest does not fit its content")
         if self.certificate.read_text(encoding="utf-8") != certificate_text(stored):
             raise VerificationError("certificate.json is not written as privgrad writes it")
-        _check_tail(record, stored["ledger"], "certificate")
+        return stored
+
+    def _fitting_certificate(self) -> dict[str, Any]:
+        """The certificate, where certificate.json, its two other forms and the model fit one another."""
+        stored = self._read_certificate()
         if file_digest(self.model) != stored["model_sha256"]:
             raise VerificationError("model.safetensors is not the model that the certificate was made for")
-        self._check_words(record, stored)
         for path, render in ((self.markdown, to_markdown), (self.page, to_html)):
             if path.read_text(encoding="utf-8") != render(stored):
                 raise VerificationError(f"{path.name} does not say what certificate.json says")
+        return stored
+
+    def _check_certificate(self, record: Record) -> None:
+        stored = self._fitting_certificate()
+        _check_tail(record, stored["ledger"], "certificate")
+        self._check_words(record, stored)
 
     def _check_words(self, record: Record, stored: dict[str, Any]) -> None:
         """Make the certificate again, from the ledger and plan.json; only what they do not know is taken from the stored one."""
@@ -231,22 +266,28 @@ def _value(value: Any) -> str:
     return "not given" if value is None else repr(dict(value) if isinstance(value, Mapping) else value)
 
 
-def _collect(mismatches: list[str], check: Any, record: Record) -> None:
-    """Run one check; whatever is wrong or missing becomes a line, never a traceback."""
+def _collect(mismatches: list[str], what: str, check: Callable[[], Any]) -> Any:
+    """The result of one check; whatever is wrong or missing becomes a line, never a traceback."""
     try:
-        check(record)
+        return check()
     except PrivgradError as error:
         mismatches.append(str(error))
     except OSError as error:
-        mismatches.append(f"{error.filename} cannot be read: {error.strerror}")
-    except (KeyError, TypeError, ValueError) as error:
-        mismatches.append(
-            f"{check.__name__.strip('_').replace('_', ' ')}: a file lacks what it should hold ({error!r})"
-        )
+        mismatches.append(f"{error.filename} cannot be read: {reason(error)}")
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+        mismatches.append(f"{what}: a file lacks what it should hold ({error!r})")
+    return None
+
+
+def _check_checkpoint(record: Record, saved: dict[str, Any]) -> None:
+    _check_tail(record, saved["ledger"], "checkpoint")
+    if saved["applied"] > record.count:
+        raise VerificationError(f"{saved['applied']} steps were applied and only {record.count} charged")
 
 
 def _check_tail(record: Record, seen: dict[str, Any], by: str) -> None:
     steps = seen["steps"]
+    check_count(f"the {by}'s number of ledger steps", steps, at_least=0)
     if steps > record.count:
         raise VerificationError(
             f"the ledger has lost its tail: it holds {record.count} steps, and the {by} has seen {steps}"

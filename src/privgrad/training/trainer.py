@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,21 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from privgrad.errors import PrivgradError, command
-from privgrad.files import canonical_json, file_digest, read_json, write_atomically
+from privgrad.files import read_json, write_atomically
 from privgrad.gradients.contract import Engine, LossFn, Tree
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.accounting import Precision
-from privgrad.privacy.certificate import Evaluation, make_certificate, round_up, to_markdown
+from privgrad.privacy.certificate import Evaluation, round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.report.certificate_page import to_html
 from privgrad.training.averaging import AveragedWeights, ExponentialAverage
-from privgrad.training.checkpoint import load_tree, save_tree, save_weights
+from privgrad.training.checkpoint import load_tree, load_weights, save_tree, save_weights
 from privgrad.training.disclosing import training_metrics
 from privgrad.training.evaluation import DeclaredSplit, accuracy
-from privgrad.training.interrupt import InterruptedRunError, stop_requests
+from privgrad.training.metrics import Metrics
 from privgrad.training.private import make_private
 from privgrad.training.progress import ProgressDisplay, display
-from privgrad.training.run import Run, certificate_text, plan_text
+from privgrad.training.run import Run, plan_text
+from privgrad.training.stops import InterruptedRunError, stop_requests
 from privgrad.training.units import Keys, units_of
 
 _CHECKPOINT_SHARE = 0.05
@@ -63,6 +63,8 @@ class Trainer:
 
     Guarantee: that of the plan, for everything in the run directory. Metrics are of the declared split only.
     """
+
+    _ledger: Ledger | None = None
 
     def __init__(
         self,
@@ -99,28 +101,33 @@ class Trainer:
         self._every = max(1, self.plan.steps // max(1, evaluations))
         self._training_metrics = partial(training_metrics, self.plan.disclose, model, loss_fn, dataset, collate_fn)
         self._applied = 0
+        self._metrics = Metrics(self.run.metrics)
         self._average = None if averaging is None else AveragedWeights(model, averaging)
-        self.private = make_private(
-            model,
-            optimizer,
-            dataset,
-            self.plan,
-            loss_fn,
-            keys=keys,
-            public=public,
-            collate_fn=collate_fn,
-            workers=workers,
-            engine=engine,
-            ledger=lambda: self._open_ledger(resume),  # after all checks: a run that is refused writes nothing
-            probe=probe,
-        )
         try:
-            if resume and self.run.checkpoint.exists():
-                self._restore()
+            self.private = make_private(
+                model,
+                optimizer,
+                dataset,
+                self.plan,
+                loss_fn,
+                keys=keys,
+                public=public,
+                collate_fn=collate_fn,
+                workers=workers,
+                engine=engine,
+                ledger=lambda: self._open_ledger(resume),  # after all checks: a run that is refused writes nothing
+                probe=probe,
+            )
+            self._complete = resume and self.run.complete
+            if resume:
+                self._go_on()
             else:
                 self._save()
         except BaseException:
-            self.private.ledger.close()
+            if self._ledger is not None:
+                if not resume:
+                    self._ledger.abandon()
+                self._ledger.close()
             raise
 
     def fit(self) -> Result:
@@ -133,20 +140,20 @@ class Trainer:
         ledger = self.private.ledger
         bar.start(ledger.count, self.plan.steps)
         try:
-            complete = self.run.complete
-            if not complete:
-                with stop_requests() as stop:
-                    self._loop(bar, stop)
-                self._save()
+            if self._complete:
+                return self._earlier()
+            with stop_requests() as stop:
+                self._loop(bar, stop)
+            if self._metrics.last < ledger.count:
+                self._measure()  # a crash took the last look, or the last step itself
+            self._save()
             if self._average is not None:
                 self._average.copy_to_model()
             self.private.finalize()
-            return self._earlier() if complete else self._finish()
+            return self._finish()
         finally:
             bar.stop()
-            ledger.close()
-            if ledger.count == 0:
-                self.run.ledger.unlink(missing_ok=True)  # refused before its first step: the directory is free again
+            ledger.abandon()  # closes it; one without a step, so that the directory is free again
 
     def _loop(self, bar: ProgressDisplay, stop: threading.Event) -> None:
         ledger = self.private.ledger
@@ -196,21 +203,51 @@ class Trainer:
         if self.plan.disclose:
             with nullcontext() if self._average is None else self._average.applied():
                 entry["disclosed"] = self.private.disclosed | self._training_metrics()
-        with self.run.metrics.open("a") as stream:
-            stream.write(canonical_json(entry) + "\n")
+        self._metrics.add(entry)
         return notes
 
     def _open_ledger(self, resume: bool) -> Ledger:
         terms = self.plan.terms()
         if resume:
             self.run.check_plan(self.plan.to_json())
-            return Ledger.resume(self.run.ledger, terms)
-        self.run.create()
-        # The plan first: a directory with a ledger always says which plan it is of.
+            self._ledger = Ledger.resume(self.run.ledger, terms)
+        else:
+            self.run.create()
+            self._ledger = Ledger(terms, self.run.ledger, self._write_plan)
+        return self._ledger
+
+    def _write_plan(self) -> None:
+        """Before the ledger's first line: a directory in which a run has begun always says which plan it is of."""
+        self.run.clear()
         if self._config is not None:
             write_atomically(self.run.config, self._config)
         write_atomically(self.run.plan, plan_text(self.plan.to_json()))
-        return Ledger(terms, self.run.ledger)
+
+    def _go_on(self) -> None:
+        """Take up a resumed run: its weights, and what was measured of them."""
+        charged = self.private.ledger.count
+        self.run.check_tail()
+        if self._complete:
+            load_weights(self.run.model, self.model)
+            self.run.sync()
+            return
+        self.private.ledger.flush()
+        if self.run.checkpoint.exists():
+            self._restore()
+        elif self.run.model.exists():
+            raise PrivgradError(
+                f"{self.run.directory} holds a model without its checkpoint, so there is nothing to go on from; put the "
+                "checkpoint back, or choose another directory (--out)"
+            )
+        else:
+            if charged > 0:  # without steps, a crash came before the first checkpoint
+                print(
+                    f"privgrad: {self.run.checkpoint} is gone: {charged} steps stay charged, and the weights start anew",
+                    file=sys.stderr,
+                )
+            self._metrics.go_back(0)
+            self.run.make()
+            self._save()
 
     def _save(self) -> None:
         ledger = self.private.ledger
@@ -244,6 +281,7 @@ class Trainer:
             self._applied = int(saved["applied"])
             if self._average is not None and saved["average"] is not None:
                 self._average.restore(saved["average"])
+            self._metrics.go_back(saved["ledger"]["steps"])
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise PrivgradError(
                 f"{self.run.checkpoint} does not fit this model and optimizer, or is damaged: {str(error).splitlines()[0]}; "
@@ -252,31 +290,19 @@ class Trainer:
 
     def _earlier(self) -> Result:
         """The result of a run that was finished before, from its certificate."""
-        stored, record = read_json(self.run.certificate), self.private.ledger.record
-        metrics = (stored.get("evaluation") or {}).get("metrics", {})
-        multiplier = self.plan.facts().noise_multiplier
-        accuracy = metrics.get("test_accuracy")
-        return Result(record.spent(), self.plan.delta, record.count, multiplier, accuracy, self.run.directory)
+        metrics = (read_json(self.run.certificate).get("evaluation") or {}).get("metrics", {})
+        return self._result(metrics.get("test_accuracy"))
 
     def _finish(self) -> Result:
         record = self.private.ledger.record
         save_weights(self.run.model, dict(self.model.state_dict()))
         reached = None if self.test is None else accuracy(self.model, self.test)
-        facts = self.plan.facts()
-        certificate = make_certificate(
-            record,
-            facts,
-            steps_applied=self._applied,
-            data=self._data_name,
-            model_digest=file_digest(self.run.model),
-            evaluation=None
-            if self.test is None or reached is None
-            else Evaluation(self.test.name, self.test.declared, {"test_accuracy": reached}),
-            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-        write_atomically(self.run.certificate, certificate_text(certificate))
-        write_atomically(self.run.markdown, to_markdown(certificate))
-        write_atomically(self.run.page, to_html(certificate))
-        return Result(
-            record.spent(), self.plan.delta, record.count, facts.noise_multiplier, reached, self.run.directory
-        )
+        evaluation = None
+        if self.test is not None and reached is not None:
+            evaluation = Evaluation(self.test.name, self.test.declared, {"test_accuracy": reached})
+        self.run.certify(record, self.plan, self._applied, self._data_name, evaluation)
+        return self._result(reached)
+
+    def _result(self, reached: float | None) -> Result:
+        record, multiplier = self.private.ledger.record, self.plan.facts().noise_multiplier
+        return Result(record.spent(), self.plan.delta, record.count, multiplier, reached, self.run.directory)

@@ -1,4 +1,4 @@
-"""How a person stops a run: once politely, twice at once."""
+"""Ctrl-C: the first one asks a run to end after its step, the second one ends it at once."""
 
 from __future__ import annotations
 
