@@ -19,6 +19,9 @@ import torch
 from PIL import Image
 
 from privgrad.data import images as images_module
+from privgrad.data.cache import Cache
+from privgrad.data.images import Blob, read_pixels
+from privgrad.data.settings import ImageSettings
 from privgrad.data.source import Source, load, training_size
 from privgrad.errors import PrivgradError
 from tests.data.files import image_bytes, people, pictures, settings, write_folder, write_images
@@ -402,3 +405,18 @@ def test_keys_beside_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "folders", pictures(4), [0, 1, 0, 1])
     with pytest.raises(PrivgradError, match="is a folder of images, which has no columns"):
         load(settings(tmp_path / "folders", test_share=0.5), key="writer")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_as_many_images_as_labels_or_none_at_all(tmp_path: Path, count: int) -> None:
+    blobs = [Blob(GOOD, lambda: "here")] * 3
+    with pytest.raises(PrivgradError, match=f"holds 3 images and {count} labels; it is damaged"):
+        read_pixels(lambda: blobs, count, ImageSettings(), tmp_path / "file", [], Cache("none"))
+
+
+def test_fewer_rows_than_the_file_claims_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in fuzzing, where a flipped bit in the footer changed a count."""
+    hugging_face(tmp_path, pictures(3))
+    read = pyarrow.parquet.ParquetFile.read
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read", lambda *given, **more: read(*given, **more).slice(1))
+    assert "claims 3 rows and holds 2; the file is damaged" in refusal(tmp_path)

@@ -57,10 +57,12 @@ def agree(where: str, key: str, found: tuple[str, ...] | None, stated: Classes |
 
     Never from the labels: the largest label is a function of private records.
     """
-    if found is None and stated is None:
-        raise PrivgradError(f"{where} has no class names; state them, or how many there are, as {key} = 10")
-    if found is None or stated is None:
-        return found if stated is None else stated  # type: ignore[return-value]
+    if found is None:
+        if stated is None:
+            raise PrivgradError(f"{where} has no class names; state them, or how many there are, as {key} = 10")
+        return stated
+    if stated is None:
+        return found
     if count_of(stated) != len(found) or (isinstance(stated, tuple) and stated != found):
         raise PrivgradError(
             f"{where} has the classes {quoted(list(found))}; expected {quoted(stated)}, as stated or in the other split"
