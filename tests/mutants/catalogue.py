@@ -421,9 +421,9 @@ MUTANTS = (
     ),
     Mutant(
         "the ledger is not flushed",
-        "privacy/ledger.py",
-        "            os.fsync(self._file.fileno())\n        except",
-        "        except",
+        "files.py",
+        "        _write(descriptor, data)\n        os.fsync(descriptor)\n        self._flushed = True",
+        "        _write(descriptor, data)\n        self._flushed = True",
         (LEDGER, FRAME),
     ),
     Mutant(
