@@ -84,13 +84,17 @@ def agrees(
 
     limit = tolerance or TOLERANCE[dtype]
     wanted = torch.stack(
-        [torch.cat([expected[name].flatten(1) for name in block], 1).double().norm(dim=1) for block in blocks], 1
+        [
+            torch.cat([expected[name].reshape(fold.units, -1) for name in block], 1).double().norm(dim=1)
+            for block in blocks
+        ],
+        1,
     )
     close(rule.norms, wanted, limit, "norms")
     for column, block in enumerate(blocks):
         for name in block:
             total = torch.einsum("u,u...->...", weights[:, column].double(), expected[name].double())
-            scale = weights[:, column].double() @ expected[name].double().flatten(1).norm(dim=1)
+            scale = weights[:, column].double() @ expected[name].double().reshape(fold.units, -1).norm(dim=1)
             error = (sink.views[name].double() - total).norm()
             assert error <= limit * scale + 1e-12, f"{name}: error {error:.3g} of {scale:.3g}"
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -121,14 +121,12 @@ class Attention(nn.Module):
         time = 1 if self.attention.batch_first else 0
         length = x.shape[time]
         other = x.flip(time) * 2 if self.cross else x
-        mask = nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype) if self.mask else None
+        mask = torch.ones(length, length, dtype=torch.bool).triu(1) if self.mask else None
         padding = None
         if self.mask:
             padding = torch.zeros(x.shape[1 - time], length, dtype=torch.bool)
-            padding[:, -1] = True
-        output, _ = self.attention(
-            x, other, other, need_weights=self.weights, attn_mask=mask, key_padding_mask=padding
-        )
+            padding[:, length // 2] = True
+        output, _ = self.attention(x, other, other, need_weights=self.weights, attn_mask=mask, key_padding_mask=padding)
         return output if self.attention.batch_first else output.transpose(0, 1)
 
 
@@ -234,7 +232,9 @@ CASES: dict[str, Case] = {
     "conv2d, groups": Case(lambda: before(nn.Conv2d(4, 6, 3, groups=2), 4, 6, 6), (4, 6, 6)),
     "conv2d, depthwise": Case(lambda: before(nn.Conv2d(4, 8, 3, groups=4, padding=1), 4, 6, 6), (4, 6, 6)),
     "conv2d, same": Case(lambda: before(nn.Conv2d(3, 4, 4, padding="same", dilation=2), 3, 7, 7), (3, 7, 7)),
-    "conv2d, circular": Case(lambda: before(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), 3, 6, 6), (3, 6, 6)),
+    "conv2d, circular": Case(
+        lambda: before(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), 3, 6, 6), (3, 6, 6)
+    ),
     "conv2d, many weights on a small map": Case(lambda: before(nn.Conv2d(96, 128, 3, padding=1), 96, 3, 3), (96, 3, 3)),
     "conv2d, strided, small map": Case(
         lambda: before(nn.Conv2d(96, 128, 3, stride=2, dilation=2, padding=1), 96, 7, 7), (96, 7, 7)

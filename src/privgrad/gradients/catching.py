@@ -141,12 +141,13 @@ class Catching(TorchFunctionMode):
             if not any_batched([output]):
                 self.scope.derive(output, weights)
                 return output
-        rule = self._rules.get(func) if weights else self._always[func]
-        if rule is not None:
-            output = rule(self.scope, *args, **kwargs)
+        rules = [self._rules.get(func)] if weights else []
+        for rule in (*rules, self._always.get(func)):
+            output = NotImplemented if rule is None else rule(self.scope, *args, **kwargs)
             if output is not NotImplemented:
                 return output
-        return func(*self._with_copies(args), **self._with_copies(kwargs))
+            args, kwargs = self._with_copies(args), self._with_copies(kwargs)
+        return func(*args, **kwargs)
 
     def _with_copies(self, value: Any) -> Any:
         """Arguments with every weight replaced by its copies, one per row."""

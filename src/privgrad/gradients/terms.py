@@ -110,7 +110,7 @@ class Rows:
         return _squares(self.gradient)
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
-        flat = select(self.gradient, dropped).flatten(1)
+        flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
         return (weights.to(flat) @ flat).view(self.gradient.shape[1:])
 
     def folded(self, folding: Folding) -> Rows:
@@ -175,6 +175,7 @@ class Lookup:
 
     def squares(self) -> Tensor:
         places, inverse = torch.unique(self._places(), return_inverse=True)
+        touched = self.right.new_zeros(len(places), self.right.shape[2])
         touched.index_add_(0, inverse, self.right.flatten(0, 1))
         squares: Tensor = torch.linalg.vector_norm(touched, dim=1).square()
         squares = torch.linalg.vector_norm(touched, dim=1).square()
@@ -250,7 +251,7 @@ def combined(terms: Sequence[Term]) -> Term:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
     return lengths.square()
 
 

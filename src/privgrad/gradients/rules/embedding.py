@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,4 +46,34 @@ def embedding(
     return scope.on_rows(on_rows, input)
 
 
-RULES: Mapping[Any, Rule] = {F.embedding: embedding}
+def embedding_bag(
+    scope: Scope,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """torch.nn.functional.embedding_bag for bags of one length: look-ups, then their sum or mean."""
+    plain = max_norm is None and not scale_grad_by_freq and mode in ("sum", "mean") and input.dim() == 2
+    if not plain or not is_batched(input) or scope.weight(weight) is None:
+        return NotImplemented
+    with scope.mode:
+        looked_up = F.embedding(input, weight, padding_idx)
+        if per_sample_weights is not None:
+            looked_up = looked_up * per_sample_weights[:, :, None]
+        counted = torch.ones_like(input, dtype=torch.bool)
+        if padding_idx is not None:
+            counted = input != padding_idx % weight.shape[0]
+            looked_up = looked_up * counted[:, :, None]
+        total = looked_up.sum(1)
+        return total if mode == "sum" else total / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+RULES: Mapping[Any, Rule] = {F.embedding: embedding, F.embedding_bag: embedding_bag}

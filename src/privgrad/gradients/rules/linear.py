@@ -59,8 +59,16 @@ def matmul(scope: Scope, input: Tensor, other: Tensor) -> Any:
     return scope.on_rows(product, input)
 
 
+def bilinear(scope: Scope, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """torch.nn.functional.bilinear, for which vmap has no rule, as a product for which it has one."""
+    with scope.mode:
+        output = torch.einsum("...i,kij,...j->...k", input1, weight, input2)
+        return output if bias is None else output + bias
+
+
 RULES: Mapping[Any, Rule] = {
     F.linear: linear,
+    F.bilinear: bilinear,
     torch.matmul: matmul,
     torch.mm: matmul,
     Tensor.matmul: matmul,
