@@ -35,6 +35,7 @@ class Weight:
 class Collector:
     """One chunk's unit gradients, from the first caught use to the sink.
 
+    most: bytes of multiplied-out gradients that were kept at any one time.
     anchor: every caught use depends on it: a gradient with respect to it runs through all of them and touches no parameter.
 
     Guarantee: every (unit, block) is asked for exactly once; a unit and block of weight 0 is selected out of the sums; a
@@ -47,6 +48,8 @@ class Collector:
         self.parameters = {name: Weight(parameter, name) for name, parameter in parameters.items()}
         self.folding = folding
         self.backward = False
+        self.most = 0
+        self._kept = 0
         self.anchor = torch.zeros((), requires_grad=True)
         self._request = request
         self._derived: list[Weight] = []
@@ -101,6 +104,9 @@ class Collector:
     def _take(self, slot: str, total: Term) -> None:
         self._squares[:, self._column[slot]] += total.squares()
         self._totals[slot] = total
+        if isinstance(total, Rows):
+            self._kept += total.gradient.nbytes
+            self.most = max(self.most, self._kept)
 
     def _pull_back(self, weight: Weight) -> None:
         """Unit gradients of a derived weight to unit gradients of its parameters: a linear map, one vjp per unit."""
@@ -143,6 +149,7 @@ class Collector:
             for slot in self._request.blocks[column]:
                 total = self._totals.pop(slot, None)
                 if total is not None:
+                    self._kept -= total.gradient.nbytes if isinstance(total, Rows) else 0
                     self._request.sink.add(slot, total.weighted_sum(weights[:, place], dropped))
 
 

@@ -13,7 +13,7 @@ each row's forward sees that row alone; what vmap cannot run is left to slower e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 from privgrad.gradients.catching import Catching, NotCoveredError, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
-from privgrad.gradients.contract import Engine, LossFn, Request, Tree, accumulation_dtype, trainable
-from privgrad.gradients.memory import rows_within
+from privgrad.gradients.contract import Engine, Fold, LossFn, Request, Tree, accumulation_dtype, trainable
+from privgrad.gradients.memory import Saved, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.terms import Folding
 from privgrad.gradients.vmap import VmapEngine, WithLoss
@@ -60,15 +60,28 @@ class OnePassEngine:
         module = WithLoss(model, loss_fn)
         parameters = trainable(model)
         if self._rows_per_chunk is None:
-            row = pytree.tree_map(lambda leaf: leaf[:1], request.batch)
-            self._rows_per_chunk = rows_within(self.memory, module, row, sum(p.numel() for p in parameters.values()))
-        for batch, fold in chunks(request.batch, request.fold, self._rows_per_chunk):
+            self._rows_per_chunk = self._largest_chunk(module, parameters, request)
+        rows = even(len(request.fold.index), self._rows_per_chunk)
+        for batch, fold in chunks(request.batch, request.fold, rows):
             part = Request(batch, fold, request.encoding, request.blocks, request.rule, request.sink)
-            if self._falls_back or not self._one_pass(module, parameters, part):
+            if self._falls_back or self._one_pass(module, parameters, part) is None:
                 self.fallback.accumulate(model, loss_fn, part)
 
-    def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> bool:
-        """One chunk. False where the model is not covered: then nothing has been added to the sink."""
+    def _largest_chunk(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
+        """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row."""
+        row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
+        trial = Request(
+            row, Fold.identity(1), request.encoding, request.blocks, _Nobody(request.rule.separable), _Nowhere()
+        )
+        device = next(iter(parameters.values())).device
+        saved = Saved(module)
+        # A throw-away random state: looking at sizes must not move the user's generator.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), saved.counting():
+            kept = self._one_pass(module, parameters, trial)
+        return 1 if kept is None else rows_of(saved.bytes, kept, self.memory, device)
+
+    def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int | None:
+        """One chunk; the bytes of its gradients. None where the model is not covered: then nothing has reached the sink."""
         dtype = accumulation_dtype(module.model)
         device = next(iter(parameters.values())).device
         collector = Collector(request, parameters, Folding.of(request.fold, device), dtype)
@@ -77,15 +90,17 @@ class OnePassEngine:
         except torch.OutOfMemoryError:
             raise
         except (NotCoveredError, RuntimeError) as error:
-            return self._fall_back(str(error).strip().splitlines()[0])
+            self._fall_back(str(error).strip().splitlines()[0])
+            return None
         left = uncovered(losses, parameters)
         if left is not None:
-            return self._fall_back(f"{left[0]} is used by {left[1]}, out of its sight")
+            self._fall_back(f"{left[0]} is used by {left[1]}, out of its sight")
+            return None
         collector.start()
         if losses.requires_grad:
             torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
         collector.finish()
-        return True
+        return collector.most
 
     def _forward(self, module: WithLoss, collector: Collector, batch: Tree) -> Tensor:
         """Losses [rows], all rows at once, every row on its own."""
@@ -101,7 +116,7 @@ class OnePassEngine:
             losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
         return losses
 
-    def _fall_back(self, reason: str) -> bool:
+    def _fall_back(self, reason: str) -> None:
         if not self._falls_back:
             self._falls_back = True
             warnings.warn(
@@ -109,4 +124,20 @@ class OnePassEngine:
                 "place, with the same result, more slowly",
                 stacklevel=2,
             )
-        return False
+
+
+class _Nobody:
+    """A rule under which no unit contributes."""
+
+    def __init__(self, separable: bool) -> None:
+        self.separable = separable
+
+    def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        return torch.zeros_like(norms)
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def add(self, slot: str, value: Tensor) -> None:
+        pass

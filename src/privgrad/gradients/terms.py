@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privgrad.gradients.contract import Fold
 
-_TRUSTED = 1e-4
+TRUSTED = 1e-4
 """A Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 
 _TRAFFIC = 96
@@ -285,7 +285,7 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
     """
     largest = sum(_largest(term) for term in terms)
     assert isinstance(largest, Tensor)
-    for unit in (squares < _TRUSTED * largest.square()).nonzero().flatten().tolist():
+    for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():
         part = slice(unit, unit + 1)
         gradient = reduce(
             torch.add,

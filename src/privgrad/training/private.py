@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
-from privgrad.gradients.vmap import VmapEngine
+from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.states import Release
@@ -182,7 +182,7 @@ def make_private(
     """
     plan = plan.for_dataset(size_of(dataset))
     check_private(model, optimizer, plan)
-    chosen = VmapEngine() if engine is None else engine
+    chosen = OnePassEngine() if engine is None else engine
     ledger = Ledger(plan.terms()) if ledger is None else ledger
     runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
     return Private(model, optimizer, dataset, runner, collate_fn, workers)

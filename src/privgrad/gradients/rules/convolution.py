@@ -13,11 +13,14 @@ from torch.nn import functional as F
 
 from privgrad.gradients.catching import Rule, Scope, is_batched
 from privgrad.gradients.collector import Weight
-from privgrad.gradients.terms import Folding, Outer, Rows, Term, select, wide
+from privgrad.gradients.terms import TRUSTED, Folding, Rows, Term, select, wide
 
-_FEW_POSITIONS = 128
-_MANY_NUMBERS = 100_000
-"""From so many weights on, and up to so many output positions, Gram matrices beat the gradients themselves (measured on CPUs)."""
+_IMAGES_AT_ONCE = 32
+_NUMBERS_AT_ONCE = 300_000
+"""How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
+
+_MANY_WEIGHTS = 100_000
+"""From so many on, a Gram matrix may be cheaper than the gradients (measured on CPUs)."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,42 @@ class Convolution:
     geometry: Geometry
 
     def dense(self) -> Tensor:
-        """One call with as many groups as images: the groups of the weight gradient are the images' gradients."""
+        """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
+
+        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
+        """
         images, shape = len(self.inputs), self.geometry.shape
-        inputs = self.inputs.reshape(1, -1, *self.inputs.shape[2:])
-        gradient = self.gradient.reshape(1, -1, *self.gradient.shape[2:])
-        weight = inputs.new_empty(1).expand(images * shape[0], *shape[1:])
-        rows = _weight_gradient(inputs, gradient, weight, self.geometry, images * self.geometry.groups)
-        rows = rows.view(-1, self.geometry.images, *shape)
-        return rows.squeeze(1) if self.geometry.images == 1 else rows.sum(1)
+        rows = self.inputs.new_empty(images, *shape)
+        some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
+        for first in range(0, images, some):
+            inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
+            count = len(inputs)
+            rows[first : first + some] = _weight_gradient(
+                inputs.reshape(1, -1, *inputs.shape[2:]),
+                gradient.reshape(1, -1, *gradient.shape[2:]),
+                inputs.new_empty(1).expand(count * shape[0], *shape[1:]),
+                self.geometry,
+                count * self.geometry.groups,
+            ).view(count, *shape)
+        if self.geometry.images == 1:
+            return rows
+        return rows.view(-1, self.geometry.images, *shape).sum(1)
 
     def squares(self) -> Tensor:
-        return self._product().squares()
+        """By the Gram matrices of output gradients and of the windows that they saw, without forming the windows."""
+        if self.geometry.groups > 1:
+            return Rows(self.dense()).squares()
+        left, right = self._positions(self.gradient), window_gram(self.inputs, self.geometry)
+        squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
+        # Nothing cancels between a position's window and itself: its length is the diagonal.
+        longest = (left.square().sum(1) * right.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
+        images = self.geometry.images
+        for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
+            part = slice(unit * images, (unit + 1) * images)
+            squares[unit] = Rows(
+                replace(self, inputs=self.inputs[part], gradient=self.gradient[part]).dense()
+            ).squares()
+        return squares
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         images = self.geometry.images
@@ -72,19 +100,45 @@ class Convolution:
         return replace(self, geometry=replace(self.geometry, images=self.geometry.images * folding.each))
 
     def kept(self) -> Term:
-        positions = self.geometry.images * math.prod(self.gradient.shape[2:])
-        if self.geometry.groups == 1 and positions <= _FEW_POSITIONS and math.prod(self.geometry.shape) > _MANY_NUMBERS:
+        """Gram matrices where they take far fewer operations than a gradient that is too large for the cache."""
+        geometry, weights = self.geometry, math.prod(self.geometry.shape)
+        positions = geometry.images * math.prod(self.gradient.shape[2:])
+        sizes = (size + 2 * padding for size, padding in zip(self.inputs.shape[2:], geometry.padding, strict=True))
+        pixels = geometry.images * math.prod(sizes)
+        operations = pixels**2 * self.inputs.shape[1] + positions**2 * self.gradient.shape[1]
+        if geometry.groups == 1 and weights > _MANY_WEIGHTS and operations < positions * weights / 4:
             return self
         return Rows(self.dense())
 
-    def _product(self) -> Outer:
-        """The same as outer products of output gradients and the windows that they saw."""
-        windows = _windows(self.inputs, self.geometry)
-        left = self.gradient.flatten(2)
-        if self.geometry.images > 1:
-            images = self.geometry.images
-            windows, left = (t.reshape(-1, images, *t.shape[1:]).transpose(1, 2).flatten(2) for t in (windows, left))
-        return Outer(left.transpose(1, 2), windows.transpose(1, 2))
+    def _positions(self, images: Tensor) -> Tensor:
+        """[units, channels, images per unit * positions]."""
+        if self.geometry.images == 1:
+            return images.flatten(2)
+        units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)
+        return units.flatten(2)
+
+
+def window_gram(inputs: Tensor, geometry: Geometry) -> Tensor:
+    """[units, T, T]: inner products between the windows of a unit's T output positions.
+
+    Windows that overlap share products: the Gram matrix of the pixels is formed once, and summed along its diagonals.
+    """
+    padded = F.pad(inputs, [side for side in reversed(geometry.padding) for _ in range(2)])
+    units, sizes = len(padded) // geometry.images, padded.shape[2:]
+    pixels = padded.reshape(units, geometry.images, padded.shape[1], -1).transpose(1, 2).flatten(2)
+    gram = torch.bmm(pixels.transpose(1, 2), pixels).view(units, geometry.images, *sizes, geometry.images, *sizes)
+    for dim in range(geometry.dims):
+        kernel, stride, dilation = geometry.shape[2 + dim], geometry.stride[dim], geometry.dilation[dim]
+        positions = (sizes[dim] - dilation * (kernel - 1) - 1) // stride + 1
+        one, other = 2 + dim, 3 + dim + geometry.dims
+        total = None
+        for offset in range(0, dilation * kernel, dilation):
+            part = slice(offset, offset + stride * (positions - 1) + 1, stride)
+            shifted = gram[(slice(None),) * one + (part,)][(slice(None),) * other + (part,)]
+            total = shifted if total is None else total + shifted
+        assert total is not None
+        gram = total
+    return gram.flatten(2 + geometry.dims).flatten(1, 1 + geometry.dims)
 
 
 def _weight_gradient(inputs: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
@@ -102,19 +156,6 @@ def _weight_gradient(inputs: Tensor, gradient: Tensor, weight: Tensor, geometry:
         [False, True, False],
     )[1]
     return result
-
-
-def _windows(inputs: Tensor, geometry: Geometry) -> Tensor:
-    """[images, c * kernel, positions]. A strided view, copied once: several times faster than F.unfold, in any dimension."""
-    sides = [side for side in reversed(geometry.padding) for _ in range(2)]
-    windows = F.pad(inputs, sides)
-    for dim, (kernel, stride, dilation) in enumerate(
-        zip(geometry.shape[2:], geometry.stride, geometry.dilation, strict=True), start=2
-    ):
-        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    dims = geometry.dims
-    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
-    return windows.permute(order).reshape(len(inputs), inputs.shape[1] * math.prod(geometry.shape[2:]), -1)
 
 
 def _convolution(dims: int, operator: Callable[..., Tensor]) -> Rule:
