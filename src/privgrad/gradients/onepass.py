@@ -13,94 +13,79 @@ each row's forward sees that row alone; what vmap cannot run is left to slower e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from privgrad.errors import PrivgradError
 from privgrad.gradients.catching import Catching, NotCoveredError, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
 from privgrad.gradients.contract import Engine, Fold, LossFn, Request, Tree, accumulation_dtype, trainable
+from privgrad.gradients.loss import WithLoss
 from privgrad.gradients.memory import Saved, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
+from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.terms import Folding
-from privgrad.gradients.vmap import VmapEngine, WithLoss
+from privgrad.gradients.vmap import VmapEngine
 
 
 class OnePassEngine:
-    """Per-unit gradients from (input, output gradient) pairs, chunk by chunk.
+    """Per-unit gradients from (input, output gradient) pairs, chunk by chunk. An engine belongs to one model.
 
     memory: bytes for one chunk; None chooses (see `gradients.memory`). rules: for operators of your own (see `gradients.rules`).
-    fallback: the engine for models that this one does not cover; None is the vmap engine.
 
-    Guarantee: a gradient that an ordinary backward pass would give to a trainable parameter is in the norms and in the sums, or
-    the whole batch goes to the fallback, with a warning that names the operator. Nothing lands in `.grad`.
+    Guarantee: a gradient that an ordinary backward pass would give to a trainable parameter is in the norms and in the sums; or
+    the batch goes to a slower engine (vmap, or one row after the other), with a warning that says why. Nothing lands in `.grad`.
     """
 
-    def __init__(
-        self,
-        memory: int | None = None,
-        *,
-        rules: Mapping[Any, Rule] | None = None,
-        fallback: Engine | None = None,
-    ) -> None:
+    def __init__(self, memory: int | None = None, *, rules: Mapping[Any, Rule] | None = None) -> None:
         self.memory = memory
         self.rules = {**RULES, **(rules or {})}
-        self.fallback = VmapEngine(memory) if fallback is None else fallback
         self._rows_per_chunk: int | None = None
-        self._falls_back = False
+        self._slower: Engine | None = None
 
     def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
         """See `contract.Engine.accumulate`."""
         if len(request.fold.index) == 0:
             return
         module = WithLoss(model, loss_fn)
-        parameters = trainable(model)
         if self._rows_per_chunk is None:
-            self._rows_per_chunk = self._largest_chunk(module, parameters, request)
-        rows = even(len(request.fold.index), self._rows_per_chunk)
+            self._rows_per_chunk = self._try_one_row(module, request)
+        count = len(request.fold.index)
+        rows = count if self._slower is not None else even(count, self._rows_per_chunk)
         for batch, fold in chunks(request.batch, request.fold, rows):
-            part = Request(batch, fold, request.encoding, request.blocks, request.rule, request.sink)
-            if self._falls_back or self._one_pass(module, parameters, part) is None:
-                self.fallback.accumulate(model, loss_fn, part)
+            part = replace(request, batch=batch, fold=fold)
+            if self._slower is not None:
+                self._slower.accumulate(model, loss_fn, part)
+                continue
+            try:
+                self._one_pass(module, part)
+            except NotCoveredError as reason:
+                self._slower = self._fall_back(module, part, str(reason))
+                self._slower.accumulate(model, loss_fn, part)
 
-    def _largest_chunk(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
-        """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row."""
-        row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
-        trial = Request(
-            row, Fold.identity(1), request.encoding, request.blocks, _Nobody(request.rule.separable), _Nowhere()
-        )
+    def _one_pass(self, module: WithLoss, request: Request) -> Collector:
+        """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
+        parameters = trainable(module.model)
         device = next(iter(parameters.values())).device
-        saved = Saved(module)
-        # A throw-away random state: looking at sizes must not move the user's generator.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), saved.counting():
-            kept = self._one_pass(module, parameters, trial)
-        return 1 if kept is None else rows_of(saved.bytes, kept, self.memory, device)
-
-    def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int | None:
-        """One chunk; the bytes of its gradients. None where the model is not covered: then nothing has reached the sink."""
         dtype = accumulation_dtype(module.model)
-        device = next(iter(parameters.values())).device
         collector = Collector(request, parameters, Folding.of(request.fold, device), dtype)
-        try:
-            losses = self._forward(module, collector, request.batch)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotCoveredError, RuntimeError) as error:
-            self._fall_back(str(error).strip().splitlines()[0])
-            return None
+        losses = self._forward(module, collector, request.batch)
         left = uncovered(losses, parameters)
         if left is not None:
-            self._fall_back(f"{left[0]} is used by {left[1]}, out of its sight")
-            return None
+            raise NotCoveredError(f"{left[0]} is used by {left[1]}, where the engine does not see it")
         collector.start()
         if losses.requires_grad:
-            torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
+            with _nothing_in_grad(parameters):
+                torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
         collector.finish()
-        return collector.most
+        return collector
 
     def _forward(self, module: WithLoss, collector: Collector, batch: Tree) -> Tensor:
         """Losses [rows], all rows at once, every row on its own."""
@@ -116,14 +101,76 @@ class OnePassEngine:
             losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
         return losses
 
-    def _fall_back(self, reason: str) -> None:
-        if not self._falls_back:
-            self._falls_back = True
-            warnings.warn(
-                f"the one-pass engine does not cover this model ({reason}); {type(self.fallback).__name__} takes its "
-                "place, with the same result, more slowly",
-                stacklevel=2,
-            )
+    def _try_one_row(self, module: WithLoss, request: Request) -> int:
+        """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row.
+
+        A model that this engine cannot take is noticed here.
+        """
+        device = next(module.parameters()).device
+        trial = _trial(request)
+        saved = Saved(module)
+        reason = ""
+        # torch.func.grad, where a model uses it, does not go together with counting.
+        for counting in (saved.counting(), nullcontext()):
+            try:
+                with _unmoved_generators(device), counting:
+                    kept = self._one_pass(module, trial).most
+                return rows_of(saved.bytes, kept, self.memory, device)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotCoveredError, RuntimeError) as error:
+                reason = reason or str(error).strip().splitlines()[0]
+        self._slower = self._fall_back(module, trial, reason)
+        return 1
+
+    def _fall_back(self, module: WithLoss, request: Request, reason: str) -> Engine:
+        """Choose the slower engine, and say so, once."""
+        device = next(module.parameters()).device
+        slower: Engine = VmapEngine(self.memory)
+        try:
+            with _unmoved_generators(device):
+                slower.accumulate(module.model, module.loss_fn, _trial(request))
+        except (PrivgradError, RuntimeError):
+            slower = StreamedEngine()
+        warnings.warn(
+            f"the one-pass engine does not cover this model ({reason}); {type(slower).__name__} takes its place, with the "
+            "same result, more slowly",
+            stacklevel=3,
+        )
+        return slower
+
+
+@contextmanager
+def _nothing_in_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Refuse a backward pass that has side effects: what a hidden operator leaves in `.grad` is un-noised."""
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield
+        found = [name for name, parameter in parameters.items() if parameter.grad is not None]
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+    if found:
+        raise PrivgradError(
+            f"the model's backward pass puts a gradient into .grad of {', '.join(found)} by itself, un-clipped; "
+            "take the operator that calls backward() out of the model"
+        )
+
+
+@contextmanager
+def _unmoved_generators(device: torch.device) -> Iterator[None]:
+    """A throw-away random state: looking at sizes must not move the user's generator."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _trial(request: Request) -> Request:
+    """The first row alone, for nobody: no weight, no sum."""
+    row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
+    rule = _Nobody(request.rule.separable)
+    return replace(request, batch=row, fold=Fold.identity(1), rule=rule, sink=_Nowhere())
 
 
 class _Nobody:

@@ -24,31 +24,8 @@ from privgrad.gradients.contract import (
     add_weighted,
     trainable,
 )
+from privgrad.gradients.loss import WithLoss
 from privgrad.gradients.memory import rows_within
-
-
-class WithLoss(nn.Module):
-    """A model and its loss as one module, so that `functional_call` swaps the parameters under both."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Tree) -> Tensor:
-        losses = self.loss_fn(self.model, batch)
-        rows = _rows(batch)
-        if not isinstance(losses, Tensor) or losses.shape != (rows,):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise PrivgradError(
-                f"loss_fn returned {got} for {rows} row(s); expected one loss per row, shape ({rows},): "
-                "use reduction='none' and average over everything but the first dimension"
-            )
-        return losses.sum()
-
-
-def _rows(batch: Tree) -> int:
-    return len(pytree.tree_leaves(batch)[0])
 
 
 class VmapEngine:
@@ -90,7 +67,7 @@ def _row_gradients(
 
     def loss(values: dict[str, Tensor], row: Tree) -> Any:
         one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
-        return torch.func.functional_call(module, {**values, **buffers}, (one,))
+        return torch.func.functional_call(module, {**values, **buffers}, (one,)).sum()
 
     per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
     try:

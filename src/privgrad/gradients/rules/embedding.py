@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privgrad.errors import RefusedError
 from privgrad.gradients.catching import Rule, Scope, is_batched
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.terms import Lookup, Term
@@ -24,9 +25,10 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """torch.nn.functional.embedding. Renormalised tables are another operator, and left to copies."""
+    """torch.nn.functional.embedding."""
+    _check_unchanged(max_norm)
     owner = scope.weight(weight)
-    if not is_batched(input) or owner is None or max_norm is not None or scale_grad_by_freq:
+    if not is_batched(input) or owner is None or scale_grad_by_freq:
         return NotImplemented
 
     def on_rows(rows: int, index: Tensor) -> Tensor:
@@ -61,7 +63,8 @@ def embedding_bag(
     padding_idx: int | None = None,
 ) -> Any:
     """torch.nn.functional.embedding_bag for bags of one length: look-ups, then their sum or mean."""
-    plain = max_norm is None and not scale_grad_by_freq and mode in ("sum", "mean") and input.dim() == 2
+    _check_unchanged(max_norm)
+    plain = not scale_grad_by_freq and mode in ("sum", "mean") and input.dim() == 2
     if not plain or not is_batched(input) or scope.weight(weight) is None:
         return NotImplemented
     with scope.mode:
@@ -74,6 +77,14 @@ def embedding_bag(
             looked_up = looked_up * counted[:, :, None]
         total = looked_up.sum(1)
         return total if mode == "sum" else total / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def _check_unchanged(max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise RefusedError(
+            "an embedding with max_norm rescales the entries that a batch looks up, in place and un-noised: the weights would "
+            "tell which ones; leave max_norm out"
+        )
 
 
 RULES: Mapping[Any, Rule] = {F.embedding: embedding, F.embedding_bag: embedding_bag}
