@@ -1,6 +1,9 @@
-"""A model and its loss as one module."""
+"""A model and its loss as one module, and what its backward pass may not do."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -27,3 +30,22 @@ class WithLoss(nn.Module):
                 "use reduction='none' and average over everything but the first dimension"
             )
         return losses
+
+
+@contextmanager
+def nothing_in_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Refuse a backward pass that has side effects: what a hidden operator leaves in `.grad` is un-noised."""
+    before = {name: parameter.grad for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    try:
+        yield
+        found = [name for name, parameter in parameters.items() if parameter.grad is not None]
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = before[name]
+    if found:
+        raise PrivgradError(
+            f"the model's backward pass puts a gradient into .grad of {', '.join(found)} by itself, un-clipped; "
+            "take the operator that calls backward() out of the model"
+        )

@@ -26,8 +26,8 @@ from privgrad.errors import PrivgradError
 from privgrad.gradients.catching import Catching, NotCoveredError, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
-from privgrad.gradients.contract import Engine, Fold, LossFn, Request, Tree, accumulation_dtype, trainable
-from privgrad.gradients.loss import WithLoss
+from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Tree, accumulation_dtype, trainable
+from privgrad.gradients.loss import WithLoss, nothing_in_grad
 from privgrad.gradients.memory import Saved, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
@@ -82,7 +82,7 @@ class OnePassEngine:
             raise NotCoveredError(f"{left[0]} is used by {left[1]}, where the engine does not see it")
         collector.start()
         if losses.requires_grad:
-            with _nothing_in_grad(parameters):
+            with nothing_in_grad(parameters):
                 torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
         collector.finish()
         return collector
@@ -126,12 +126,15 @@ class OnePassEngine:
     def _fall_back(self, module: WithLoss, request: Request, reason: str) -> Engine:
         """Choose the slower engine, and say so, once."""
         device = next(module.parameters()).device
-        slower: Engine = VmapEngine(self.memory)
-        try:
-            with _unmoved_generators(device):
-                slower.accumulate(module.model, module.loss_fn, _trial(request))
-        except (PrivgradError, RuntimeError):
-            slower = StreamedEngine()
+        slower: Engine = StreamedEngine()
+        with _unmoved_generators(device):
+            expected = _norms(slower, module, request)
+            try:
+                # Parameters that the model holds outside of its modules are not swapped, and would be missed.
+                if not bool(((_norms(VmapEngine(1), module, request) == 0) & (expected > 0)).any()):
+                    slower = VmapEngine(self.memory)
+            except (PrivgradError, RuntimeError):
+                pass
         warnings.warn(
             f"the one-pass engine does not cover this model ({reason}); {type(slower).__name__} takes its place, with the "
             "same result, more slowly",
@@ -141,29 +144,20 @@ class OnePassEngine:
 
 
 @contextmanager
-def _nothing_in_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Refuse a backward pass that has side effects: what a hidden operator leaves in `.grad` is un-noised."""
-    before = {name: parameter.grad for name, parameter in parameters.items()}
-    for parameter in parameters.values():
-        parameter.grad = None
-    try:
-        yield
-        found = [name for name, parameter in parameters.items() if parameter.grad is not None]
-    finally:
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
-    if found:
-        raise PrivgradError(
-            f"the model's backward pass puts a gradient into .grad of {', '.join(found)} by itself, un-clipped; "
-            "take the operator that calls backward() out of the model"
-        )
-
-
-@contextmanager
 def _unmoved_generators(device: torch.device) -> Iterator[None]:
     """A throw-away random state: looking at sizes must not move the user's generator."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+def _norms(engine: Engine, module: WithLoss, request: Request) -> Tensor:
+    """[parameters]: the norms that an engine finds for the first row, by parameter."""
+    shapes = {name: parameter.shape for name, parameter in trainable(module.model).items()}
+    trial = _trial(request)
+    rule = _Nobody(separable=False)
+    alone = replace(trial, encoding=Identity(shapes), blocks=[(name,) for name in shapes], rule=rule)
+    engine.accumulate(module.model, module.loss_fn, alone)
+    return torch.cat(rule.seen)
 
 
 def _trial(request: Request) -> Request:
@@ -174,12 +168,14 @@ def _trial(request: Request) -> Request:
 
 
 class _Nobody:
-    """A rule under which no unit contributes."""
+    """A rule under which no unit contributes. seen: the norms it was asked about."""
 
     def __init__(self, separable: bool) -> None:
         self.separable = separable
+        self.seen: list[Tensor] = []
 
     def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        self.seen.append(norms)
         return torch.zeros_like(norms)
 
 

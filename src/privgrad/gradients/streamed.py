@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
-from privgrad.gradients.loss import WithLoss
+from privgrad.gradients.loss import WithLoss, nothing_in_grad
 
 
 class StreamedEngine:
@@ -48,13 +48,13 @@ class StreamedEngine:
         device = next(iter(parameters.values())).device
         batch: Tree = pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)], request.batch)
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        versions = [parameter._version for parameter in parameters.values()]
+        versions = [parameter._version for parameter in module.parameters()]
         with torch.enable_grad():
             losses: Any = torch.func.functional_call(module, buffers, (batch,))
             if request.fold.scale is not None:
                 losses = losses * request.fold.scale[rows].to(device, losses.dtype)
             total = losses.mean() if self.mean else losses.sum()
-        if versions != [parameter._version for parameter in parameters.values()]:
+        if versions != [parameter._version for parameter in module.parameters()]:
             raise RefusedError(
                 "the model's forward pass changes its own parameters (nn.Embedding with max_norm does): they would be "
                 "released un-noised; take the change out of forward"
@@ -62,7 +62,10 @@ class StreamedEngine:
         if not total.requires_grad:
             return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         try:
-            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, materialize_grads=True)
+            with nothing_in_grad(parameters):
+                gradients = torch.autograd.grad(
+                    total, list(parameters.values()), allow_unused=True, materialize_grads=True
+                )
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise PrivgradError(f"the model's gradient cannot be taken by torch.autograd.grad: {reason}") from error
