@@ -456,7 +456,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "old autograd function": (lambda: Around(lambda m, x: Plain.apply(x, m.w), w=(6,)), "setup_context"),
     "control flow": (lambda: Around(_data_dependent, linear=nn.Linear(6, 6)), "control flow"),
     "own gradient": (lambda: Around(_own_gradient, linear=nn.Linear(6, 6)), "torch.func"),
-    "own vmap": (lambda: Around(lambda m, x: torch.func.vmap(m.l)(x), l=nn.Linear(6, 6)), "vmap itself"),
+    "own vmap": (lambda: Around(lambda m, x: torch.func.vmap(m.l)(x), l=nn.Linear(6, 6)), "torch.func itself"),
     "checkpoint": (
         lambda: Around(lambda m, x: checkpoint(m.b, m.a(x), use_reentrant=False), a=nn.Linear(6, 6), b=nn.Linear(6, 6)),
         "StreamedEngine",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from privgrad.gradients.batched import NotCoveredError, any_batched, level, on_rows
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.terms import Rows, Term, wide
 
@@ -27,10 +28,6 @@ Rule = Callable[..., Any]
 
 Terms = Callable[..., Iterable[tuple[Weight, Term]]]
 """terms(output gradient, *saved): each weight's term, of rows."""
-
-
-class NotCoveredError(Exception):
-    """Another engine must take this model; the message says why."""
 
 
 class Scope:
@@ -43,6 +40,7 @@ class Scope:
         self._anchor = collector.anchor
         self.mode = mode
         self.row = row
+        self._level = level()
 
     def weight(self, value: object) -> Weight | None:
         """The weight that a tensor is; None where nothing trainable is in it."""
@@ -75,7 +73,7 @@ class Scope:
 
     def on_rows(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """function(rows, *tensors) on all rows at once: every tensor [rows, *its shape for one row]. So is the output."""
-        return _OnRows.apply(function, *tensors)  # type: ignore[no-untyped-call]
+        return on_rows(self._level, function, *tensors)
 
     def catch(self, output: Tensor, weights: Iterable[Weight | None], terms: Terms, *saved: Tensor) -> Tensor:
         """Let `terms` see the gradient of an operator's fresh output (in on_rows), with what it needs of the forward pass."""
@@ -161,19 +159,6 @@ class Catching(TorchFunctionMode):
         return value
 
 
-def any_batched(values: Iterable[Any]) -> bool:
-    """Whether there is a tensor with rows among values, lists of them included."""
-    return any(
-        is_batched(value) if isinstance(value, Tensor) else isinstance(value, list | tuple) and any_batched(value)
-        for value in values
-    )
-
-
-def is_batched(value: object) -> bool:
-    """Whether a tensor has rows (inside vmap)."""
-    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
-
-
 def uncovered(losses: Tensor, parameters: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """A parameter that autograd's graph still leads to, and the operator through which; None: every use was caught.
 
@@ -188,36 +173,13 @@ def uncovered(losses: Tensor, parameters: Mapping[str, Tensor]) -> tuple[str, st
             if following is None or following in seen:
                 continue
             seen.add(following)
-            name = names.get(id(getattr(following, "variable", None)))
+            if type(following).__name__ != "AccumulateGrad":
+                waiting.append(following)
+                continue
+            name = names.get(id(following.variable))  # type: ignore[attr-defined]
             if name is not None:
                 return name, node.name().removesuffix("0")
-            waiting.append(following)
     return None
-
-
-class _OnRows(torch.autograd.Function):
-    """Steps out of vmap: its vmap rule is all there is of it."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(function: Callable[..., Any], *tensors: Tensor) -> Any:
-        raise NotCoveredError("an operator was called outside of vmap, or inside another transform of torch.func")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        rows = info.batch_size
-        if any_batched(tensors):
-            raise NotCoveredError("the model uses torch.func.vmap itself")
-        first = [
-            tensor.expand(rows, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(tensors, in_dims[1:], strict=True)
-        ]
-        return function(rows, *first), 0
 
 
 class _Catch(torch.autograd.Function):

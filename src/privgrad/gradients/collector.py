@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from privgrad.gradients.contract import Identity, Need, Request
 from privgrad.gradients.terms import Folding, Rows, Term, combined, wide
 
+_SMALL = 8192
+
 
 @dataclass(eq=False)
 class Weight:
@@ -56,7 +58,7 @@ class Collector:
         device = next(iter(parameters.values())).device
         self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
         self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
-        self._totals: dict[str, Term] = {}
+        self._totals: dict[int, dict[str, Term]] = {column: {} for column in range(len(request.blocks))}
         self._open = dict(enumerate(map(len, request.blocks)))
         self._native = _native(request, parameters)
 
@@ -102,11 +104,14 @@ class Collector:
             self._settle([column])
 
     def _take(self, slot: str, total: Term) -> None:
-        self._squares[:, self._column[slot]] += total.squares()
-        self._totals[slot] = total
+        column = self._column[slot]
+        self._totals[column][slot] = total
         if isinstance(total, Rows):
             self._kept += total.gradient.nbytes
             self.most = max(self.most, self._kept)
+            if total.gradient[0].numel() <= _SMALL:
+                return  # its norm is taken together with the block's other small ones
+        self._squares[:, column] += total.squares()
 
     def _pull_back(self, weight: Weight) -> None:
         """Unit gradients of a derived weight to unit gradients of its parameters: a linear map, one vjp per unit."""
@@ -140,17 +145,40 @@ class Collector:
         """Ask for these blocks' weights, add their sums, and let go of their terms."""
         for column in columns:
             del self._open[column]
+            self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
         if not columns:
             return
+        joined = {column: self._join(column) for column in columns}
         weights = self._request.rule(self._squares[:, columns].sqrt(), columns)
         zero = weights == 0
+        some = bool(zero.any())
         for place, column in enumerate(columns):
-            dropped = zero[:, place] if bool(zero[:, place].any()) else None
-            for slot in self._request.blocks[column]:
-                total = self._totals.pop(slot, None)
-                if total is not None:
-                    self._kept -= total.gradient.nbytes if isinstance(total, Rows) else 0
-                    self._request.sink.add(slot, total.weighted_sum(weights[:, place], dropped))
+            weight, dropped = weights[:, place], zero[:, place] if some else None
+            small = joined.pop(column)
+            if small is not None:
+                shapes, rows = small
+                parts = torch.split(rows.weighted_sum(weight, dropped), [shape.numel() for shape in shapes.values()])
+                for (slot, shape), part in zip(shapes.items(), parts, strict=True):
+                    self._request.sink.add(slot, part.view(shape))
+            totals = self._totals.pop(column)
+            for slot in list(totals):
+                self._request.sink.add(slot, totals.pop(slot).weighted_sum(weight, dropped))
+
+    def _join(self, column: int) -> tuple[dict[str, torch.Size], Rows] | None:
+        """A block's small gradients side by side, as one: many small operations would cost more than their arithmetic."""
+        totals = self._totals[column]
+        small = {
+            slot: total.gradient
+            for slot, total in totals.items()
+            if isinstance(total, Rows) and total.gradient[0].numel() <= _SMALL
+        }
+        if not small:
+            return None
+        for slot in small:
+            del totals[slot]
+        rows = Rows(torch.cat([gradient.reshape(len(gradient), -1) for gradient in small.values()], dim=1))
+        self._squares[:, column] += rows.squares()
+        return {slot: gradient.shape[1:] for slot, gradient in small.items()}, rows
 
 
 def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str]:

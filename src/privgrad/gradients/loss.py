@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -13,7 +14,7 @@ from privgrad.gradients.contract import LossFn, Tree
 
 
 class WithLoss(nn.Module):
-    """Losses [rows] from a batch, checked; one module, so that `functional_call` swaps tensors under model and loss alike."""
+    """Losses [rows] from a batch, checked; one module, so that tensors are swapped under model and loss alike."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         super().__init__()
@@ -49,3 +50,19 @@ def nothing_in_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
             f"the model's backward pass puts a gradient into .grad of {', '.join(found)} by itself, un-clipped; "
             "take the operator that calls backward() out of the model"
         )
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """What the model writes into a buffer meanwhile is forgotten: it computes on copies."""
+    owners = [owner for owner in module.modules() if not isinstance(owner, torch.jit.ScriptModule)]
+    held = [(owner, name, tensor) for owner in owners for name, tensor in owner._buffers.items()]
+    copies: dict[int, Tensor] = {}
+    try:
+        for owner, name, tensor in held:
+            if tensor is not None:
+                owner._buffers[name] = copies.setdefault(id(tensor), tensor.clone())
+        yield
+    finally:
+        for owner, name, tensor in held:
+            owner._buffers[name] = tensor

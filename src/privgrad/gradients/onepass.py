@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.catching import Catching, NotCoveredError, Rule, uncovered
+from privgrad.gradients.batched import NotCoveredError
+from privgrad.gradients.catching import Catching, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
 from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Tree, accumulation_dtype, trainable
-from privgrad.gradients.loss import WithLoss, nothing_in_grad
+from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 from privgrad.gradients.memory import Saved, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
@@ -54,9 +55,9 @@ class OnePassEngine:
         """See `contract.Engine.accumulate`."""
         if len(request.fold.index) == 0:
             return
-        module = WithLoss(model, loss_fn)
+        module, parameters = WithLoss(model, loss_fn), trainable(model)
         if self._rows_per_chunk is None:
-            self._rows_per_chunk = self._try_one_row(module, request)
+            self._rows_per_chunk = self._try_one_row(module, parameters, request)
         count = len(request.fold.index)
         rows = count if self._slower is not None else even(count, self._rows_per_chunk)
         for batch, fold in chunks(request.batch, request.fold, rows):
@@ -65,14 +66,13 @@ class OnePassEngine:
                 self._slower.accumulate(model, loss_fn, part)
                 continue
             try:
-                self._one_pass(module, part)
+                self._one_pass(module, parameters, part)
             except NotCoveredError as reason:
                 self._slower = self._fall_back(module, part, str(reason))
                 self._slower.accumulate(model, loss_fn, part)
 
-    def _one_pass(self, module: WithLoss, request: Request) -> Collector:
+    def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> Collector:
         """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
-        parameters = trainable(module.model)
         device = next(iter(parameters.values())).device
         dtype = accumulation_dtype(module.model)
         collector = Collector(request, parameters, Folding.of(request.fold, device), dtype)
@@ -89,19 +89,17 @@ class OnePassEngine:
 
     def _forward(self, module: WithLoss, collector: Collector, batch: Tree) -> Tensor:
         """Losses [rows], all rows at once, every row on its own."""
-        # Copies: what a forward pass writes into a buffer is forgotten.
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
 
         def loss(row: Tree) -> Any:
             one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
             with Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0]):
-                return torch.func.functional_call(module, buffers, (one,)).squeeze(0)
+                return module(one).squeeze(0)
 
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
         return losses
 
-    def _try_one_row(self, module: WithLoss, request: Request) -> int:
+    def _try_one_row(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
         """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row.
 
         A model that this engine cannot take is noticed here.
@@ -114,7 +112,7 @@ class OnePassEngine:
         for counting in (saved.counting(), nullcontext()):
             try:
                 with _unmoved_generators(device), counting:
-                    kept = self._one_pass(module, trial).most
+                    kept = self._one_pass(module, parameters, trial).most
                 return rows_of(saved.bytes, kept, self.memory, device)
             except torch.OutOfMemoryError:
                 raise

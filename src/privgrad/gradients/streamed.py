@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
-from privgrad.gradients.loss import WithLoss, nothing_in_grad
+from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 
 
 class StreamedEngine:
@@ -47,10 +47,9 @@ class StreamedEngine:
     ) -> dict[str, Tensor]:
         device = next(iter(parameters.values())).device
         batch: Tree = pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)], request.batch)
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         versions = [parameter._version for parameter in module.parameters()]
-        with torch.enable_grad():
-            losses: Any = torch.func.functional_call(module, buffers, (batch,))
+        with buffers_kept(module), torch.enable_grad():
+            losses: Any = module(batch)
             if request.fold.scale is not None:
                 losses = losses * request.fold.scale[rows].to(device, losses.dtype)
             total = losses.mean() if self.mean else losses.sum()

@@ -20,7 +20,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from privgrad.gradients.catching import Rule, Scope, is_batched
+from privgrad.gradients.batched import is_batched
+from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.rules import attention, convolution, embedding, linear, normalization, recurrent
 from privgrad.gradients.terms import Rows, Term

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privgrad.gradients.catching import Rule, Scope, any_batched
+from privgrad.gradients.batched import any_batched
+from privgrad.gradients.catching import Rule, Scope
 
 
 def scaled_dot_product_attention(

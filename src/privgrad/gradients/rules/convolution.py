@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from privgrad.gradients.catching import Rule, Scope, is_batched
+from privgrad.gradients.batched import is_batched
+from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.terms import TRUSTED, Folding, Rows, Term, select, wide
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from privgrad.errors import RefusedError
-from privgrad.gradients.catching import Rule, Scope, is_batched
+from privgrad.gradients.batched import is_batched
+from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.terms import Lookup, Term
 
