@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.gradients.contract import Identity, Need, Request
+from privgrad.gradients.memory import Workspace
 from privgrad.gradients.terms import Folding, Rows, Term, combined, wide
 
 _SMALL = 8192
@@ -45,7 +46,12 @@ class Collector:
     """
 
     def __init__(
-        self, request: Request, parameters: Mapping[str, nn.Parameter], folding: Folding, dtype: torch.dtype
+        self,
+        request: Request,
+        parameters: Mapping[str, nn.Parameter],
+        folding: Folding,
+        dtype: torch.dtype,
+        workspace: Workspace,
     ) -> None:
         self.parameters = {name: Weight(parameter, name) for name, parameter in parameters.items()}
         self.folding = folding
@@ -54,6 +60,7 @@ class Collector:
         self._kept = 0
         self.anchor = torch.zeros((), requires_grad=True)
         self._request = request
+        self._workspace = workspace
         self._derived: list[Weight] = []
         device = next(iter(parameters.values())).device
         self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
@@ -95,7 +102,7 @@ class Collector:
 
     def _complete(self, weight: Weight) -> None:
         assert weight.name is not None
-        total = combined(weight.terms).kept()
+        total = combined(weight.terms).kept(self._workspace.take)
         weight.terms = []
         column = self._column[weight.name]
         self._take(weight.name, total)
@@ -162,7 +169,13 @@ class Collector:
                     self._request.sink.add(slot, part.view(shape))
             totals = self._totals.pop(column)
             for slot in list(totals):
-                self._request.sink.add(slot, totals.pop(slot).weighted_sum(weight, dropped))
+                total = totals.pop(slot)
+                self._request.sink.add(slot, total.weighted_sum(weight, dropped))
+                self._free(total)
+
+    def _free(self, total: Term) -> None:
+        if isinstance(total, Rows):
+            self._workspace.give_back(total.gradient)
 
     def _join(self, column: int) -> tuple[dict[str, torch.Size], Rows] | None:
         """A block's small gradients side by side, as one: many small operations would cost more than their arithmetic."""
@@ -172,11 +185,13 @@ class Collector:
             for slot, total in totals.items()
             if isinstance(total, Rows) and total.gradient[0].numel() <= _SMALL
         }
-        if not small:
+        if len(small) < 2:
+            for slot in small:
+                self._squares[:, column] += totals[slot].squares()
             return None
-        for slot in small:
-            del totals[slot]
         rows = Rows(torch.cat([gradient.reshape(len(gradient), -1) for gradient in small.values()], dim=1))
+        for slot in small:
+            self._free(totals.pop(slot))
         self._squares[:, column] += rows.squares()
         return {slot: gradient.shape[1:] for slot, gradient in small.items()}, rows
 

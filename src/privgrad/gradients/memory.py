@@ -86,3 +86,36 @@ def even(rows: int, largest: int) -> int:
     """The size of equal parts of at most `largest` rows: a small last part would cost as much as a full one."""
     parts = -(-rows // largest)
     return -(-rows // parts)
+
+
+class Workspace:
+    """Buffers for gradients that were multiplied out, kept from chunk to chunk and from step to step.
+
+    Fresh memory costs a page fault for every 4 KiB, which on a CPU can be more than the arithmetic that fills it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[object, ...], list[Tensor]] = {}
+        self._taken: dict[int, tuple[tuple[object, ...], Tensor]] = {}
+
+    def take(self, rows: int, shape: torch.Size, like: Tensor) -> Tensor:
+        """[rows, *shape], of any content, of the type and on the device of `like`."""
+        key = (shape, like.dtype, like.device)
+        free = self._free.setdefault(key, [])
+        buffer = free.pop() if free else None
+        if buffer is None or len(buffer) < rows:
+            buffer = like.new_empty(rows, *shape)
+        self._taken[buffer.data_ptr()] = (key, buffer)
+        return buffer[:rows]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """A tensor from `take` is no longer needed; any other is ignored."""
+        key, buffer = self._taken.pop(tensor.data_ptr(), (None, None))
+        if key is not None and buffer is not None:
+            self._free[key].append(buffer)
+
+    def clear(self) -> None:
+        """Everything is free again: what was taken when a chunk failed."""
+        for key, buffer in self._taken.values():
+            self._free[key].append(buffer)
+        self._taken.clear()

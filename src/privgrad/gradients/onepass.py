@@ -29,7 +29,7 @@ from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
 from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Tree, accumulation_dtype, trainable
 from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
-from privgrad.gradients.memory import Saved, even, rows_of
+from privgrad.gradients.memory import Saved, Workspace, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.terms import Folding
@@ -50,6 +50,7 @@ class OnePassEngine:
         self.rules = {**RULES, **(rules or {})}
         self._rows_per_chunk: int | None = None
         self._slower: Engine | None = None
+        self._workspace = Workspace()
 
     def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
         """See `contract.Engine.accumulate`."""
@@ -75,7 +76,9 @@ class OnePassEngine:
         """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
         device = next(iter(parameters.values())).device
         dtype = accumulation_dtype(module.model)
-        collector = Collector(request, parameters, Folding.of(request.fold, device), dtype)
+        self._workspace.clear()
+        folding = Folding.of(request.fold, device)
+        collector = Collector(request, parameters, folding, dtype, self._workspace)
         losses = self._forward(module, collector, request.batch)
         left = uncovered(losses, parameters)
         if left is not None:

@@ -6,7 +6,7 @@ gradients are products of, and multiply it out only where that is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -60,6 +60,10 @@ class Folding:
         return rows.new_zeros(self.units, *rows.shape[1:]).index_add_(0, self.index, rows)
 
 
+Take = Callable[[int, torch.Size, Tensor], Tensor]
+"""take(rows, shape, like): a buffer [rows, *shape], see `memory.Workspace`."""
+
+
 class Term(Protocol):
     """A share of a weight's gradients, [units, *shape] (before `folded`: [rows, *shape]), in float32 or wider."""
 
@@ -79,8 +83,8 @@ class Term(Protocol):
         """From rows to units."""
         ...
 
-    def kept(self) -> Term:
-        """The form in which to wait for the weights: multiplied out, where that is cheaper."""
+    def kept(self, take: Take) -> Term:
+        """The form in which to wait for the weights: multiplied out, where that is cheaper, into a buffer from `take`."""
         ...
 
 
@@ -116,7 +120,7 @@ class Rows:
     def folded(self, folding: Folding) -> Rows:
         return Rows(folding.sum(self.gradient))
 
-    def kept(self) -> Rows:
+    def kept(self, take: Take) -> Rows:
         return self
 
 
@@ -152,11 +156,12 @@ class Outer:
         left, right = (t.reshape(folding.units, -1, t.shape[2]) for t in (self.left, self.right))
         return Outer(left, right)
 
-    def kept(self) -> Term:
+    def kept(self, take: Take) -> Term:
         """Two T x T Gram matrices, or the gradients written once and read twice, whichever costs less."""
         positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
         if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
-            return Rows(self.dense())
+            buffer = take(len(self.left), torch.Size((rows, columns)), self.left)
+            return Rows(torch.bmm(self.left.transpose(1, 2), self.right, out=buffer))
         return self
 
 
@@ -197,7 +202,7 @@ class Lookup:
             self.count,
         )
 
-    def kept(self) -> Lookup:
+    def kept(self, take: Take) -> Lookup:
         return self
 
     def _places(self) -> Tensor:
@@ -228,7 +233,7 @@ class Sum:
     def folded(self, folding: Folding) -> Term:
         return combined([term.folded(folding) for term in self.terms])
 
-    def kept(self) -> Sum:
+    def kept(self, take: Take) -> Sum:
         return self
 
 

@@ -14,31 +14,17 @@ from torch.nn import functional as F
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
-from privgrad.gradients.terms import TRUSTED, Folding, Rows, Term, select, wide
+from privgrad.gradients.rules import windows
+from privgrad.gradients.rules.windows import Geometry
+from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, wide
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 300_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
 _MANY_WEIGHTS = 100_000
-"""From so many on, a Gram matrix may be cheaper than the gradients (measured on CPUs)."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a convolution is apart from its tensors. images: how many of them make one unit."""
-
-    shape: torch.Size
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    images: int
-
-    @property
-    def dims(self) -> int:
-        """Spatial dimensions."""
-        return len(self.stride)
+_SHARE = 0.35
+"""From so many weights on, a Gram matrix of so many operations at most is cheaper than the gradients (measured on CPUs)."""
 
 
 @dataclass
@@ -50,12 +36,16 @@ class Convolution:
     geometry: Geometry
 
     def dense(self) -> Tensor:
+        units = len(self.inputs) // self.geometry.images
+        return self._multiplied_out(self.inputs.new_empty(units, *self.geometry.shape))
+
+    def _multiplied_out(self, units: Tensor) -> Tensor:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
         A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
         """
         images, shape = len(self.inputs), self.geometry.shape
-        rows = self.inputs.new_empty(images, *shape)
+        rows = units if self.geometry.images == 1 else self.inputs.new_empty(images, *shape)
         some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
         for first in range(0, images, some):
             inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
@@ -67,25 +57,31 @@ class Convolution:
                 self.geometry,
                 count * self.geometry.groups,
             ).view(count, *shape)
-        if self.geometry.images == 1:
-            return rows
-        return rows.view(-1, self.geometry.images, *shape).sum(1)
+        if self.geometry.images > 1:
+            torch.sum(rows.view(-1, self.geometry.images, *shape), dim=1, out=units)
+        return units
 
     def squares(self) -> Tensor:
-        """By the Gram matrices of output gradients and of the windows that they saw, without forming the windows."""
+        """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
         if self.geometry.groups > 1:
             return Rows(self.dense()).squares()
-        left, right = self._positions(self.gradient), window_gram(self.inputs, self.geometry)
+        images = self.geometry.images
+        some = images * max(1, _NUMBERS_AT_ONCE // windows.pixels(self.inputs, self.geometry) ** 2)
+        parts = [self._part(first, first + some)._gram_squares() for first in range(0, len(self.inputs), some)]
+        return torch.cat(parts)
+
+    def _gram_squares(self) -> Tensor:
+        left, right = self._positions(self.gradient), windows.gram(self.inputs, self.geometry)
         squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
         # Nothing cancels between a position's window and itself: its length is the diagonal.
         longest = (left.square().sum(1) * right.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
         images = self.geometry.images
         for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
-            part = slice(unit * images, (unit + 1) * images)
-            squares[unit] = Rows(
-                replace(self, inputs=self.inputs[part], gradient=self.gradient[part]).dense()
-            ).squares()
+            squares[unit] = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
         return squares
+
+    def _part(self, first: int, last: int) -> Convolution:
+        return replace(self, inputs=self.inputs[first:last], gradient=self.gradient[first:last])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         images = self.geometry.images
@@ -100,16 +96,14 @@ class Convolution:
             return Rows(folding.sum(self.dense()))
         return replace(self, geometry=replace(self.geometry, images=self.geometry.images * folding.each))
 
-    def kept(self) -> Term:
-        """Gram matrices where they take far fewer operations than a gradient that is too large for the cache."""
+    def kept(self, take: Take) -> Term:
+        """Gram matrices where gradients are too large for the cache, and would take about as many operations."""
         geometry, weights = self.geometry, math.prod(self.geometry.shape)
         positions = geometry.images * math.prod(self.gradient.shape[2:])
-        sizes = (size + 2 * padding for size, padding in zip(self.inputs.shape[2:], geometry.padding, strict=True))
-        pixels = geometry.images * math.prod(sizes)
-        operations = pixels**2 * self.inputs.shape[1] + positions**2 * self.gradient.shape[1]
-        if geometry.groups == 1 and weights > _MANY_WEIGHTS and operations < positions * weights / 4:
+        operations = windows.operations(self.inputs, geometry) + positions**2 * self.gradient.shape[1]
+        if geometry.groups == 1 and weights > _MANY_WEIGHTS and operations < _SHARE * positions * weights:
             return self
-        return Rows(self.dense())
+        return Rows(self._multiplied_out(take(len(self.inputs) // geometry.images, geometry.shape, self.inputs)))
 
     def _positions(self, images: Tensor) -> Tensor:
         """[units, channels, images per unit * positions]."""
@@ -117,29 +111,6 @@ class Convolution:
             return images.flatten(2)
         units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)
         return units.flatten(2)
-
-
-def window_gram(inputs: Tensor, geometry: Geometry) -> Tensor:
-    """[units, T, T]: inner products between the windows of a unit's T output positions.
-
-    Windows that overlap share products: the Gram matrix of the pixels is formed once, and summed along its diagonals.
-    """
-    padded = F.pad(inputs, [side for side in reversed(geometry.padding) for _ in range(2)])
-    units, sizes = len(padded) // geometry.images, padded.shape[2:]
-    pixels = padded.reshape(units, geometry.images, padded.shape[1], -1).transpose(1, 2).flatten(2)
-    gram = torch.bmm(pixels.transpose(1, 2), pixels).view(units, geometry.images, *sizes, geometry.images, *sizes)
-    for dim in range(geometry.dims):
-        kernel, stride, dilation = geometry.shape[2 + dim], geometry.stride[dim], geometry.dilation[dim]
-        positions = (sizes[dim] - dilation * (kernel - 1) - 1) // stride + 1
-        one, other = 2 + dim, 3 + dim + geometry.dims
-        total = None
-        for offset in range(0, dilation * kernel, dilation):
-            part = slice(offset, offset + stride * (positions - 1) + 1, stride)
-            shifted = gram[(slice(None),) * one + (part,)][(slice(None),) * other + (part,)]
-            total = shifted if total is None else total + shifted
-        assert total is not None
-        gram = total
-    return gram.flatten(2 + geometry.dims).flatten(1, 1 + geometry.dims)
 
 
 def _weight_gradient(inputs: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
