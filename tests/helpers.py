@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import privgrad as pg
 from privgrad.audit.step import Direction, linear_loss
 from privgrad.gradients.contract import Engine, Fold, LossFn, Tree
-from privgrad.gradients.vmap import VmapEngine
+from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.ledger import Ledger
@@ -37,7 +37,7 @@ def runner(
     reduce: Reduce | None = None,
 ) -> StepRunner:
     """A step runner with an in-memory ledger."""
-    return StepRunner(plan, model, loss_fn, engine or VmapEngine(), Ledger(plan.terms()), public, reduce)
+    return StepRunner(plan, model, loss_fn, engine or OnePassEngine(), Ledger(plan.terms()), public, reduce)
 
 
 def rows(*inputs: Tensor) -> tuple[Tree, Fold]:

@@ -118,7 +118,7 @@ def test_flat_clipping_takes_the_norm_over_all_tensors_together(name: str) -> No
     norms = flat.norm(dim=1, keepdim=True)
     limit = float(norms.median())
     plan = full_batch_plan(7, clipping=pg.FlatClipping(max_norm=limit))
-    sums = runner(plan, model, cross_entropy).clipped_sum(*rows(*batch))
+    sums = runner(plan, model, cross_entropy, engine=VmapEngine()).clipped_sum(*rows(*batch))
     torch.testing.assert_close(sums.flat, (flat * (limit / norms).clamp(max=1)).sum(0), rtol=1e-5, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_a_non_finite_gradient_contributes_exactly_zero(poison: float) -> None:
     poisoned = inputs.clone()
     poisoned[2] = poison
     keep = torch.tensor([0, 1, 3, 4, 5])
-    step = runner(full_batch_plan(6), model, cross_entropy)
+    step = runner(full_batch_plan(6), model, cross_entropy, engine=VmapEngine())
     with_poison = step.clipped_sum(*rows(poisoned, targets)).flat.clone()
     without = step.clipped_sum(*rows(inputs[keep], targets[keep])).flat
     assert with_poison.isfinite().all()
@@ -180,7 +180,7 @@ def test_a_non_finite_gradient_contributes_exactly_zero(poison: float) -> None:
 def test_low_precision_models_accumulate_in_float32() -> None:
     """4,000 gradients of norm 1e-2: a sum in bfloat16 would stall at about 256 times one of them."""
     inputs = torch.full((4000, 4), 0.005, dtype=torch.bfloat16)
-    step = runner(full_batch_plan(4000), Direction(4).to(torch.bfloat16), linear_loss)
+    step = runner(full_batch_plan(4000), Direction(4).to(torch.bfloat16), linear_loss, engine=VmapEngine())
     sums = step.clipped_sum(*rows(inputs))
     assert sums.flat.dtype == torch.float32
     torch.testing.assert_close(sums.flat, inputs.float().sum(0), rtol=1e-5, atol=0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from privgrad.audit.gaussian import gdp_epsilon, mu_lower_bound
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import Fold, Tree
-from privgrad.gradients.vmap import VmapEngine
+from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
 from privgrad.mechanism.step import StepRunner
@@ -93,7 +93,7 @@ def audit_step(
     sampling = FullBatch(divisor=plan.divisor)
     forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
     model = Direction(inside.shape[1])
-    runner = StepRunner(forced, model, linear_loss, VmapEngine(), Ledger(forced.terms()))
+    runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()))
     scores: dict[str, list[float]] = {}
     for world, gradients in (("inside", inside), ("outside", outside)):
         fold = Fold.identity(len(gradients))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +15,20 @@ from privgrad.data.settings import read_settings
 from privgrad.data.source import Source, load, training_size
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
+from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
 from privgrad.mechanism.stage import Sampling
 from privgrad.privacy.adjacency import Adjacency, User
 from privgrad.training.averaging import ExponentialAverage
+
+ENGINES: dict[str, Callable[[int | None], Engine]] = {
+    "auto": OnePassEngine,
+    "onepass": OnePassEngine,
+    "vmap": VmapEngine,
+}
+"""Gradient engines by their name in a configuration file, made from the bytes that a micro-batch may take."""
 
 
 def build_plan(config: Config, size: int | None = None, *, calibrated: bool = True) -> Plan:
@@ -114,13 +123,14 @@ def build_device(config: Config) -> torch.device:
 def build_engine(config: Config) -> Engine:
     """The gradient engine of [run]."""
     run = config["run"]
-    if run["engine"] not in ("auto", "vmap"):
-        raise PrivgradError(f"run.engine is {run['engine']!r}; {nearest(str(run['engine']), ('auto', 'vmap'))}")
+    if not isinstance(run["engine"], str) or run["engine"] not in ENGINES:
+        raise PrivgradError(f"run.engine is {run['engine']!r}; {nearest(str(run['engine']), ENGINES)}")
     memory = run["memory"]
     if memory == "auto":
-        return VmapEngine()
-    check_count("run.memory (bytes)", memory)
-    return VmapEngine(memory)
+        memory = None
+    else:
+        check_count("run.memory (bytes)", memory)
+    return ENGINES[run["engine"]](memory)
 
 
 def build_averaging(config: Config) -> ExponentialAverage | None:

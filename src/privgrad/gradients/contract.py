@@ -192,16 +192,15 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
 
     Units whose norm is not finite get the weight 0 from the rule and are selected out before they touch a sum.
     """
-    squares = [
-        torch.stack([vectors[slot].flatten(1).square().sum(1) for slot in slots]).sum(0) for slots in request.blocks
-    ]
+    flats = {slot: vector.reshape(len(vector), -1) for slot, vector in vectors.items()}
+    squares = [torch.stack([flats[slot].square().sum(1) for slot in slots]).sum(0) for slots in request.blocks]
     norms = torch.stack(squares, dim=1).sqrt()
     weights = request.rule(norms, range(len(request.blocks)))
     for column, slots in enumerate(request.blocks):
         weight = weights[:, column]
         dropped = weight == 0
         for slot in slots:
-            flat = vectors[slot].flatten(1)
+            flat = flats[slot]
             if bool(dropped.any()):
                 flat = torch.where(dropped[:, None], torch.zeros_like(flat), flat)
             request.sink.add(slot, (weight @ flat).view(vectors[slot].shape[1:]))

@@ -12,6 +12,8 @@ from privgrad.gradients.contract import Tree
 _LARGEST_ON_CPU = 256 * 2**20
 """On a CPU larger chunks only add page faults: a quarter of a gigabyte was as fast as anything above it."""
 _SHARE_OF_FREE = 0.25
+_CACHE = 96 * 2**20
+"""What the one-pass engine takes on a CPU: small enough to reuse its pages, large enough to feed the kernels."""
 
 
 def budget(device: torch.device) -> int:
@@ -47,3 +49,73 @@ def rows_within(memory: int | None, module: nn.Module, row: Tree, parameters: in
     per_row = 8 * parameters + 2 * saved
     available = budget(device) if memory is None else memory
     return max(1, available // max(1, per_row))
+
+
+def rows_of(saved: int, kept: int, memory: int | None, device: torch.device) -> int:
+    """Rows per chunk within `memory` bytes (None: `budget`), where one row saves and keeps so many bytes.
+
+    The backward pass makes about half as much again as the forward pass saved.
+    """
+    available = _CACHE if memory is None and device.type == "cpu" else memory or budget(device)
+    return max(1, available // max(1, saved + saved // 2 + kept))
+
+
+class Saved:
+    """Counts the bytes that a forward pass saves for backward, each storage once and the model's own not at all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """The sum."""
+        return sum(size for place, size in self._storages.items() if place not in self._known)
+
+    def counting(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context in which to run a forward pass."""
+        return torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def even(rows: int, largest: int) -> int:
+    """The size of equal parts of at most `largest` rows: a small last part would cost as much as a full one."""
+    parts = -(-rows // largest)
+    return -(-rows // parts)
+
+
+class Workspace:
+    """Buffers for gradients that were multiplied out, kept from chunk to chunk and from step to step.
+
+    Fresh memory costs a page fault for every 4 KiB, which on a CPU can be more than the arithmetic that fills it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[object, ...], list[Tensor]] = {}
+        self._taken: dict[int, tuple[tuple[object, ...], Tensor]] = {}
+
+    def take(self, rows: int, shape: torch.Size, like: Tensor) -> Tensor:
+        """[rows, *shape], of any content, of the type and on the device of `like`."""
+        key = (shape, like.dtype, like.device)
+        free = self._free.setdefault(key, [])
+        buffer = free.pop() if free else None
+        if buffer is None or len(buffer) < rows:
+            buffer = like.new_empty(rows, *shape)
+        self._taken[buffer.data_ptr()] = (key, buffer)
+        return buffer[:rows]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """A tensor from `take` is no longer needed; any other is ignored."""
+        key, buffer = self._taken.pop(tensor.data_ptr(), (None, None))
+        if key is not None and buffer is not None:
+            self._free[key].append(buffer)
+
+    def clear(self) -> None:
+        """Everything is free again: what was taken when a chunk failed."""
+        for key, buffer in self._taken.values():
+            self._free[key].append(buffer)
+        self._taken.clear()

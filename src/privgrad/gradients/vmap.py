@@ -6,7 +6,7 @@ is the yardstick for faster engines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
+from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import (
     Fold,
     LossFn,
@@ -21,26 +22,10 @@ from privgrad.gradients.contract import (
     Tree,
     accumulation_dtype,
     add_weighted,
-    one_per_row,
     trainable,
 )
+from privgrad.gradients.loss import WithLoss
 from privgrad.gradients.memory import rows_within
-
-
-class _WithLoss(nn.Module):
-    """A model and its loss as one module, so that `functional_call` swaps the parameters under both."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Tree) -> Tensor:
-        return one_per_row(self.loss_fn(self.model, batch), _rows(batch)).sum()
-
-
-def _rows(batch: Tree) -> int:
-    return len(pytree.tree_leaves(batch)[0])
 
 
 class VmapEngine:
@@ -59,14 +44,14 @@ class VmapEngine:
         rows = len(request.fold.index)
         if rows == 0:
             return
-        module = _WithLoss(model, loss_fn)
+        module = WithLoss(model, loss_fn)
         parameters = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
         buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
         if self._rows_per_chunk is None:
             row = pytree.tree_map(lambda leaf: leaf[:1], request.batch)
             self._rows_per_chunk = rows_within(self.memory, module, row, sum(p.numel() for p in parameters.values()))
         dtype = accumulation_dtype(model)
-        for batch, fold in _chunks(request.batch, request.fold, self._rows_per_chunk):
+        for batch, fold in chunks(request.batch, request.fold, self._rows_per_chunk):
             row_gradients = _row_gradients(module, parameters, buffers, batch)
             gradients = {
                 name.removeprefix("model."): _fold_rows(gradient.to(dtype), fold)
@@ -82,7 +67,7 @@ def _row_gradients(
 
     def loss(values: dict[str, Tensor], row: Tree) -> Any:
         one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
-        return torch.func.functional_call(module, {**values, **buffers}, (one,))
+        return torch.func.functional_call(module, {**values, **buffers}, (one,)).sum()
 
     per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
     try:
@@ -104,23 +89,3 @@ def _fold_rows(gradient: Tensor, fold: Fold) -> Tensor:
         gradient = gradient * fold.scale.to(gradient).view(-1, *[1] * (gradient.dim() - 1))
     units = gradient.new_zeros(fold.units, *gradient.shape[1:])
     return units.index_add_(0, fold.index.to(gradient.device), gradient)
-
-
-def _chunks(batch: Tree, fold: Fold, rows_per_chunk: int) -> Iterator[tuple[Tree, Fold]]:
-    """Consecutive parts of at most `rows_per_chunk` rows (more where a single unit has more), whole units each."""
-    counts = torch.bincount(fold.index, minlength=fold.units).tolist()
-    row = unit = 0
-    while unit < fold.units:
-        first, rows = unit, 0
-        while unit < fold.units and (rows == 0 or rows + counts[unit] <= rows_per_chunk):
-            rows += counts[unit]
-            unit += 1
-        if rows == 0:
-            return
-        part = slice(row, row + rows)
-        scale = None if fold.scale is None else fold.scale[part]
-        yield (
-            pytree.tree_map(lambda leaf, part=part: leaf[part], batch),
-            Fold(fold.index[part] - first, unit - first, scale),
-        )
-        row += rows

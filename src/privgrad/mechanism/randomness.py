@@ -15,6 +15,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
+_BLOCK = 2**16
+
 
 class Source(Protocol):
     """Independent random numbers for one purpose."""
@@ -24,7 +26,7 @@ class Source(Protocol):
         ...
 
     def normal_(self, out: Tensor) -> Tensor:
-        """Fill a flat float tensor with independent standard normals."""
+        """Fill a float tensor with independent standard normals."""
         ...
 
     def coins(self, count: int, probability: float) -> Tensor:
@@ -54,6 +56,13 @@ class SecureSource:
         return self
 
     def normal_(self, out: Tensor) -> Tensor:
+        # In blocks: the numbers on the way stay in the cache, and take no memory of the size of a model.
+        flat = out.view(-1)
+        for first in range(0, flat.numel(), _BLOCK):
+            self._fill(flat[first : first + _BLOCK])
+        return out
+
+    def _fill(self, out: Tensor) -> Tensor:
         # Box-Muller in double precision on 53-bit uniforms: tails reach 8.5 sigma, and no value can repeat by rounding.
         pairs = (out.numel() + 1) // 2
         uniforms = self._uniforms(2 * pairs)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
-from privgrad.gradients.vmap import VmapEngine
+from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.states import Release
@@ -214,7 +214,7 @@ def make_private(
     if plan.groups is None:
         coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
         coupling.check()
-    chosen = VmapEngine() if engine is None else engine
+    chosen = OnePassEngine() if engine is None else engine
     if ledger is None:
         ledger = Ledger(plan.terms())
     elif not isinstance(ledger, Ledger):

@@ -1,0 +1,169 @@
+"""One training step of every engine: forward, backward, (clip, noise,) and the optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import privgrad as pg
+from benchmarks.models import Bench
+from privgrad.gradients.contract import Engine, Fold
+from privgrad.gradients.onepass import OnePassEngine
+from privgrad.gradients.streamed import StreamedEngine
+from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.stage import Block, Stage
+from privgrad.mechanism.step import StepRunner
+from privgrad.privacy.ledger import Ledger
+
+Step = Callable[[], None]
+LEARNING_RATE = 0.1
+GROUP_SIZE = 32
+
+
+class SkippedError(Exception):
+    """An engine that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class PerTensor(Stage):
+    """Layerwise clipping in its barest form: every tensor to its own norm. Separable."""
+
+    kind: ClassVar[str] = "per_tensor"
+    separable: ClassVar[bool] = True
+    words: ClassVar[str] = "each tensor is clipped by itself"
+
+    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+        return [Block(slot, (slot,), 1.0) for slot in slots]
+
+    def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
+        return (thresholds / norms).clamp_(max=1.0)
+
+
+@dataclass(frozen=True)
+class Groups(Stage):
+    """Random groups of about GROUP_SIZE, each one gradient."""
+
+    kind: ClassVar[str] = "groups"
+    words: ClassVar[str] = "random groups"
+    count: int
+
+    def assign(self, fold: Fold, source: Source) -> Fold:
+        return Fold(source.integers(fold.units, self.count)[fold.index], self.count)
+
+    def engine(self) -> Engine:
+        return StreamedEngine(mean=True)
+
+
+def plain(bench: Bench, parts: int = 1) -> Step:
+    """The step without privacy; in parts, its gradients accumulate."""
+    model, (inputs, targets) = bench.make(), bench.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        for some, labels in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+            (F.cross_entropy(model(some), labels) / parts).backward()
+        optimizer.step()
+
+    return step
+
+
+def microbatched(bench: Bench) -> Step:
+    """The step without privacy in small parts, as an engine under memory pressure would do it."""
+    return plain(bench, len(bench.batch()[0]) // bench.micro)
+
+
+def private(bench: Bench, engine: Engine | None = None, **stages: Any) -> Step:
+    """privgrad's step as `make_private` runs it: clipped sum, ledger, noise from the cryptographic generator, optimizer."""
+    model, batch = bench.make(), bench.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    rows = len(batch[0])
+    plan = Plan(
+        sampling=pg.PoissonSampling(rate=0.01, divisor=float(rows)),
+        steps=10**6,
+        noise=pg.GaussianNoise(multiplier=1.0),
+        **stages,
+    )
+    runner = StepRunner(plan, model, pg.supervised(F.cross_entropy), engine or OnePassEngine(), Ledger(plan.terms()))
+    fold = Fold.identity(rows)
+    parameters = dict(model.named_parameters())
+
+    def step() -> None:
+        update = runner.release(batch, fold).update or {}
+        for name, parameter in parameters.items():
+            parameter.grad = update[name]
+        optimizer.step()
+
+    return step
+
+
+def unnoised(bench: Bench, **stages: Any) -> Step:
+    """privgrad's clipped sum and the optimizer, without the noise: what of a step is the engine's. Not private."""
+    model, batch = bench.make(), bench.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    plan = Plan(
+        sampling=pg.PoissonSampling(rate=0.01, divisor=1.0), steps=1, noise=pg.GaussianNoise(multiplier=0.0), **stages
+    )
+    runner = StepRunner(plan, model, pg.supervised(F.cross_entropy), OnePassEngine(), Ledger(plan.terms()))
+    fold = Fold.identity(len(batch[0]))
+
+    def step() -> None:
+        sums = runner.clipped_sum(batch, fold)
+        for name, parameter in model.named_parameters():
+            parameter.grad = sums.values[name].div_(len(batch[0]))
+        optimizer.step()
+
+    return step
+
+
+def grouped(bench: Bench) -> Step:
+    """Batch Clipping in random groups."""
+    return private(bench, groups=Groups(max(1, len(bench.batch()[0]) // GROUP_SIZE)))
+
+
+def opacus(bench: Bench, ghost: bool) -> Step:
+    """Opacus as its PrivacyEngine would put it together."""
+    if importlib.util.find_spec("opacus") is None:
+        raise SkippedError("opacus is not installed")
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    plain_model, (inputs, targets) = bench.make(), bench.batch()
+    sgd = torch.optim.SGD(plain_model.parameters(), lr=LEARNING_RATE)
+    options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": len(inputs)}
+    model: nn.Module
+    if ghost:
+        model = GradSampleModuleFastGradientClipping(plain_model, max_grad_norm=1.0, use_ghost_clipping=True)
+        optimizer: Any = DPOptimizerFastGradientClipping(sgd, **options)
+        criterion: Any = DPLossFastGradientClipping(model, optimizer, nn.CrossEntropyLoss())
+    else:
+        model, optimizer, criterion = GradSampleModule(plain_model), DPOptimizer(sgd, **options), nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(model(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+ENGINES: dict[str, Callable[[Bench], Step]] = {
+    "plain": plain,
+    "plain-microbatched": microbatched,
+    "privgrad-flat": private,
+    "privgrad-layerwise": lambda bench: private(bench, clipping=PerTensor()),
+    "privgrad-group": grouped,
+    "privgrad-unnoised": unnoised,
+    "vmap": lambda bench: private(bench, VmapEngine()),
+    "opacus-hooks": lambda bench: opacus(bench, ghost=False),
+    "opacus-ghost": lambda bench: opacus(bench, ghost=True),
+}

@@ -1,0 +1,62 @@
+"""Tensors inside `torch.func.vmap`, and the way out of it: the one place that touches functorch's own functions.
+
+`torch.autograd.Function` has a public way out (its vmap rule); it costs a third of a millisecond a call, this one a hundredth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as current
+
+
+class NotCoveredError(Exception):
+    """Another engine must take this model; the message says why."""
+
+
+def is_batched(value: object) -> bool:
+    """Whether a tensor has rows (inside vmap)."""
+    return isinstance(value, Tensor) and functorch.is_batchedtensor(value)
+
+
+def any_batched(values: Iterable[Any]) -> bool:
+    """Whether there is a tensor with rows among values, lists of them included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if functorch.is_batchedtensor(value):
+                return True
+        elif isinstance(value, list | tuple) and any_batched(value):
+            return True
+    return False
+
+
+def level() -> int:
+    """Which of the nested transforms of torch.func is under way."""
+    return current().level()
+
+
+def on_rows(expected: int, function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """function(rows, *tensors) outside of the vmap of level `expected`: every tensor, and every output, has rows first."""
+    interpreter = current()
+    if interpreter.level() != expected:
+        raise NotCoveredError("the model uses transforms of torch.func itself")
+    rows = interpreter.batch_size()  # type: ignore[attr-defined]
+    plain = [_rows_first(tensor, rows) for tensor in tensors]
+    with interpreter.lower():
+        output = function(rows, *plain)
+    if isinstance(output, tuple):
+        return tuple(functorch._add_batch_dim(part, 0, expected) for part in output)
+    return functorch._add_batch_dim(output, 0, expected)
+
+
+def _rows_first(tensor: Tensor, rows: int) -> Tensor:
+    if not functorch.is_batchedtensor(tensor):
+        return tensor.expand(rows, *tensor.shape)
+    place = functorch.maybe_get_bdim(tensor)
+    plain: Tensor = functorch.get_unwrapped(tensor)
+    if functorch.is_functorch_wrapped_tensor(plain):
+        raise NotCoveredError("the model uses transforms of torch.func itself")
+    return plain if place == 0 else plain.movedim(place, 0)

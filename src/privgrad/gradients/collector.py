@@ -1,0 +1,208 @@
+"""Takes in terms while the backward pass makes them; gives norms to the clipping rule and weighted sums to the sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from privgrad.gradients.contract import Identity, Need, Request
+from privgrad.gradients.memory import Workspace
+from privgrad.gradients.terms import Folding, Rows, Term, combined, wide
+
+_SMALL = 8192
+
+
+@dataclass(eq=False)
+class Weight:
+    """A trainable parameter, or a tensor that the model computed from trainable parameters alone (a derived weight).
+
+    expected: uses that were caught in the forward pass; terms: one for each that the backward pass has reached.
+    parents: the parameters that a derived weight was computed from.
+    """
+
+    tensor: Tensor
+    name: str | None
+    parents: Sequence[Weight] = ()
+    expected: int = 0
+    terms: list[Term] = field(default_factory=list)
+
+    @property
+    def detached(self) -> Tensor:
+        """The values, of which autograd does not know where they come from."""
+        return self.tensor.detach()
+
+
+class Collector:
+    """One chunk's unit gradients, from the first caught use to the sink.
+
+    most: bytes of multiplied-out gradients that were kept at any one time.
+    anchor: every caught use depends on it: a gradient with respect to it runs through all of them and touches no parameter.
+
+    Guarantee: every (unit, block) is asked for exactly once; a unit and block of weight 0 is selected out of the sums; a
+    parameter's norm is that of the sum over all its uses, whatever the order in which they arrive.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        parameters: Mapping[str, nn.Parameter],
+        folding: Folding,
+        dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
+        self.parameters = {name: Weight(parameter, name) for name, parameter in parameters.items()}
+        self.folding = folding
+        self.backward = False
+        self.most = 0
+        self._kept = 0
+        self.anchor = torch.zeros((), requires_grad=True)
+        self._request = request
+        self._workspace = workspace
+        self._derived: list[Weight] = []
+        device = next(iter(parameters.values())).device
+        self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
+        self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
+        self._totals: dict[int, dict[str, Term]] = {column: {} for column in range(len(request.blocks))}
+        self._open = dict(enumerate(map(len, request.blocks)))
+        self._native = _native(request, parameters)
+
+    def expect(self, weight: Weight) -> None:
+        """A use was caught: the weight is complete only when its term has come."""
+        weight.expected += 1
+        if weight.expected == 1 and weight.name is None:
+            self._derived.append(weight)
+            for parent in weight.parents:
+                self.expect(parent)
+
+    def start(self) -> None:
+        """The forward pass is over, and all uses are known. A parameter without any has the gradient zero."""
+        self.backward = True
+        for name in self._native:
+            if self.parameters[name].expected == 0:
+                self._open[self._column[name]] -= 1
+
+    def deliver(self, weight: Weight, term: Term) -> None:
+        """One use's term, of units, with every row's factor in it."""
+        weight.terms.append(term)
+        if weight.name in self._native and len(weight.terms) == weight.expected:
+            self._complete(weight)
+
+    def finish(self) -> None:
+        """The backward pass is over: what it did not reach has the gradient zero."""
+        for weight in self._derived:
+            self._pull_back(weight)
+        for name in self._native:
+            if self.parameters[name].terms:
+                self._complete(self.parameters[name])
+        self._encode()
+        self._settle(list(self._open))
+
+    def _complete(self, weight: Weight) -> None:
+        assert weight.name is not None
+        total = combined(weight.terms).kept(self._workspace.take)
+        weight.terms = []
+        column = self._column[weight.name]
+        self._take(weight.name, total)
+        self._open[column] -= 1
+        if self._open[column] == 0 and self._request.rule.separable:
+            self._settle([column])
+
+    def _take(self, slot: str, total: Term) -> None:
+        column = self._column[slot]
+        self._totals[column][slot] = total
+        if isinstance(total, Rows):
+            self._kept += total.gradient.nbytes
+            self.most = max(self.most, self._kept)
+            if total.gradient[0].numel() <= _SMALL:
+                return  # its norm is taken together with the block's other small ones
+        self._squares[:, column] += total.squares()
+
+    def _pull_back(self, weight: Weight) -> None:
+        """Unit gradients of a derived weight to unit gradients of its parameters: a linear map, one vjp per unit."""
+        if not weight.terms:
+            return
+        gradient = combined(weight.terms).dense().to(weight.tensor.dtype)
+        weight.terms = []
+        inputs = [parent.tensor for parent in weight.parents]
+        parts = torch.autograd.grad(
+            weight.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+        for parent, part in zip(weight.parents, parts, strict=True):
+            if part is not None:
+                parent.terms.append(Rows(wide(part)))
+
+    def _encode(self) -> None:
+        """Parameters that the encoding wants coordinate by coordinate."""
+        wanted = {name: weight for name, weight in self.parameters.items() if name not in self._native}
+        if not wanted:
+            return
+        gradients = {
+            name: combined(weight.terms).dense().to(self._squares.dtype)
+            if weight.terms
+            else self._squares.new_zeros(self.folding.units, *weight.tensor.shape)
+            for name, weight in wanted.items()
+        }
+        for slot, vector in self._request.encoding.encode(gradients).items():
+            self._take(slot, Rows(vector))
+
+    def _settle(self, columns: Sequence[int]) -> None:
+        """Ask for these blocks' weights, add their sums, and let go of their terms."""
+        for column in columns:
+            del self._open[column]
+            self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
+        if not columns:
+            return
+        joined = {column: self._join(column) for column in columns}
+        weights = self._request.rule(self._squares[:, columns].sqrt(), columns)
+        zero = weights == 0
+        some = bool(zero.any())
+        for place, column in enumerate(columns):
+            weight, dropped = weights[:, place], zero[:, place] if some else None
+            small = joined.pop(column)
+            if small is not None:
+                shapes, rows = small
+                parts = torch.split(rows.weighted_sum(weight, dropped), [shape.numel() for shape in shapes.values()])
+                for (slot, shape), part in zip(shapes.items(), parts, strict=True):
+                    self._request.sink.add(slot, part.view(shape))
+            totals = self._totals.pop(column)
+            for slot in list(totals):
+                total = totals.pop(slot)
+                self._request.sink.add(slot, total.weighted_sum(weight, dropped))
+                self._free(total)
+
+    def _free(self, total: Term) -> None:
+        if isinstance(total, Rows):
+            self._workspace.give_back(total.gradient)
+
+    def _join(self, column: int) -> tuple[dict[str, torch.Size], Rows] | None:
+        """A block's small gradients side by side, as one: many small operations would cost more than their arithmetic."""
+        totals = self._totals[column]
+        small = {
+            slot: total.gradient
+            for slot, total in totals.items()
+            if isinstance(total, Rows) and total.gradient[0].numel() <= _SMALL
+        }
+        if len(small) < 2:
+            for slot in small:
+                self._squares[:, column] += totals[slot].squares()
+            return None
+        rows = Rows(torch.cat([gradient.reshape(len(gradient), -1) for gradient in small.values()], dim=1))
+        for slot in small:
+            self._free(totals.pop(slot))
+        self._squares[:, column] += rows.squares()
+        return {slot: gradient.shape[1:] for slot, gradient in small.items()}, rows
+
+
+def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The parameters that are slots of their own: the encoding leaves them as they are."""
+    if isinstance(request.encoding, Identity):
+        return set(parameters)
+    slots = request.encoding.slots()
+    return {
+        name
+        for name, parameter in parameters.items()
+        if request.encoding.need(name) == Need.NORMS and slots.get(name) == parameter.shape
+    }

@@ -1,0 +1,187 @@
+"""The one-pass engine: one forward and one backward pass over all rows, and no weight gradient that is not used.
+
+    forward     under vmap over the rows, with parameters caught where they are used (`catching`): autograd is left with
+                input gradients only
+    backward    each caught use makes a term of its input and output gradient (`terms`); terms give norms (`collector`)
+    sums        the rule answers with weights, and the weighted sums come from the same terms (book-keeping,
+                arXiv:2210.00038)
+
+Batch-of-one semantics is a precondition of every engine: a row's loss depends on that row alone. vmap enforces it, since
+each row's forward sees that row alone; what vmap cannot run is left to slower engines, which says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from privgrad.errors import PrivgradError
+from privgrad.gradients.batched import NotCoveredError
+from privgrad.gradients.catching import Catching, Rule, uncovered
+from privgrad.gradients.chunks import chunks
+from privgrad.gradients.collector import Collector
+from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Tree, accumulation_dtype, trainable
+from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
+from privgrad.gradients.memory import Saved, Workspace, even, rows_of
+from privgrad.gradients.rules import ALWAYS, RULES
+from privgrad.gradients.streamed import StreamedEngine
+from privgrad.gradients.terms import Folding
+from privgrad.gradients.vmap import VmapEngine
+
+
+class OnePassEngine:
+    """Per-unit gradients from (input, output gradient) pairs, chunk by chunk. An engine belongs to one model.
+
+    memory: bytes for one chunk; None chooses (see `gradients.memory`). rules: for operators of your own (see `gradients.rules`).
+
+    Guarantee: a gradient that an ordinary backward pass would give to a trainable parameter is in the norms and in the sums; or
+    the batch goes to a slower engine (vmap, or one row after the other), with a warning that says why. Nothing lands in `.grad`.
+    """
+
+    def __init__(self, memory: int | None = None, *, rules: Mapping[Any, Rule] | None = None) -> None:
+        self.memory = memory
+        self.rules = {**RULES, **(rules or {})}
+        self._rows_per_chunk: int | None = None
+        self._slower: Engine | None = None
+        self._workspace = Workspace()
+
+    def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
+        """See `contract.Engine.accumulate`."""
+        if len(request.fold.index) == 0:
+            return
+        module, parameters = WithLoss(model, loss_fn), trainable(model)
+        if self._rows_per_chunk is None:
+            self._rows_per_chunk = self._try_one_row(module, parameters, request)
+        count = len(request.fold.index)
+        rows = count if self._slower is not None else even(count, self._rows_per_chunk)
+        for batch, fold in chunks(request.batch, request.fold, rows):
+            part = replace(request, batch=batch, fold=fold)
+            if self._slower is not None:
+                self._slower.accumulate(model, loss_fn, part)
+                continue
+            try:
+                self._one_pass(module, parameters, part)
+            except NotCoveredError as reason:
+                self._slower = self._fall_back(module, part, str(reason))
+                self._slower.accumulate(model, loss_fn, part)
+
+    def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> Collector:
+        """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
+        device = next(iter(parameters.values())).device
+        dtype = accumulation_dtype(module.model)
+        self._workspace.clear()
+        folding = Folding.of(request.fold, device)
+        collector = Collector(request, parameters, folding, dtype, self._workspace)
+        losses = self._forward(module, collector, request.batch)
+        left = uncovered(losses, parameters)
+        if left is not None:
+            raise NotCoveredError(f"{left[0]} is used by {left[1]}, where the engine does not see it")
+        collector.start()
+        if losses.requires_grad:
+            with nothing_in_grad(parameters):
+                torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
+        collector.finish()
+        return collector
+
+    def _forward(self, module: WithLoss, collector: Collector, batch: Tree) -> Tensor:
+        """Losses [rows], all rows at once, every row on its own."""
+
+        def loss(row: Tree) -> Any:
+            one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
+            with Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0]):
+                return module(one).squeeze(0)
+
+        with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
+        return losses
+
+    def _try_one_row(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
+        """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row.
+
+        A model that this engine cannot take is noticed here.
+        """
+        device = next(module.parameters()).device
+        trial = _trial(request)
+        saved = Saved(module)
+        reason = ""
+        # torch.func.grad, where a model uses it, does not go together with counting.
+        for counting in (saved.counting(), nullcontext()):
+            try:
+                with _unmoved_generators(device), counting:
+                    kept = self._one_pass(module, parameters, trial).most
+                return rows_of(saved.bytes, kept, self.memory, device)
+            except torch.OutOfMemoryError:
+                raise
+            except (NotCoveredError, RuntimeError) as error:
+                reason = reason or str(error).strip().splitlines()[0]
+        self._slower = self._fall_back(module, trial, reason)
+        return 1
+
+    def _fall_back(self, module: WithLoss, request: Request, reason: str) -> Engine:
+        """Choose the slower engine, and say so, once."""
+        device = next(module.parameters()).device
+        slower: Engine = StreamedEngine()
+        with _unmoved_generators(device):
+            expected = _norms(slower, module, request)
+            try:
+                # Parameters that the model holds outside of its modules are not swapped, and would be missed.
+                if not bool(((_norms(VmapEngine(1), module, request) == 0) & (expected > 0)).any()):
+                    slower = VmapEngine(self.memory)
+            except (PrivgradError, RuntimeError):
+                pass
+        warnings.warn(
+            f"the one-pass engine does not cover this model ({reason}); {type(slower).__name__} takes its place, with the "
+            "same result, more slowly",
+            stacklevel=3,
+        )
+        return slower
+
+
+@contextmanager
+def _unmoved_generators(device: torch.device) -> Iterator[None]:
+    """A throw-away random state: looking at sizes must not move the user's generator."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _norms(engine: Engine, module: WithLoss, request: Request) -> Tensor:
+    """[parameters]: the norms that an engine finds for the first row, by parameter."""
+    shapes = {name: parameter.shape for name, parameter in trainable(module.model).items()}
+    trial = _trial(request)
+    rule = _Nobody(separable=False)
+    alone = replace(trial, encoding=Identity(shapes), blocks=[(name,) for name in shapes], rule=rule)
+    engine.accumulate(module.model, module.loss_fn, alone)
+    return torch.cat(rule.seen)
+
+
+def _trial(request: Request) -> Request:
+    """The first row alone, for nobody: no weight, no sum."""
+    row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
+    rule = _Nobody(request.rule.separable)
+    return replace(request, batch=row, fold=Fold.identity(1), rule=rule, sink=_Nowhere())
+
+
+class _Nobody:
+    """A rule under which no unit contributes. seen: the norms it was asked about."""
+
+    def __init__(self, separable: bool) -> None:
+        self.separable = separable
+        self.seen: list[Tensor] = []
+
+    def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        self.seen.append(norms)
+        return torch.zeros_like(norms)
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def add(self, slot: str, value: Tensor) -> None:
+        pass

@@ -1,0 +1,250 @@
+"""Convolutions of 1 to 3 dimensions, and transposed ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from privgrad.gradients.batched import is_batched
+from privgrad.gradients.catching import Rule, Scope
+from privgrad.gradients.collector import Weight
+from privgrad.gradients.rules import windows
+from privgrad.gradients.rules.windows import Geometry
+from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, wide
+
+_IMAGES_AT_ONCE = 32
+_NUMBERS_AT_ONCE = 300_000
+"""How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
+
+_MANY_WEIGHTS = 100_000
+_SHARE = 0.35
+"""From so many weights on, a Gram matrix of so many operations at most is cheaper than the gradients (measured on CPUs)."""
+
+
+@dataclass
+class Convolution:
+    """A convolution's weight gradients, from inputs [units * images, c, ...] and output gradients [units * images, p, ...]."""
+
+    inputs: Tensor
+    gradient: Tensor
+    geometry: Geometry
+
+    def dense(self) -> Tensor:
+        units = len(self.inputs) // self.geometry.images
+        return self._multiplied_out(self.inputs.new_empty(units, *self.geometry.shape))
+
+    def _multiplied_out(self, units: Tensor) -> Tensor:
+        """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
+
+        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
+        """
+        images, shape = len(self.inputs), self.geometry.shape
+        rows = units if self.geometry.images == 1 else self.inputs.new_empty(images, *shape)
+        some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
+        for first in range(0, images, some):
+            inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
+            count = len(inputs)
+            rows[first : first + some] = _weight_gradient(
+                inputs.reshape(1, -1, *inputs.shape[2:]),
+                gradient.reshape(1, -1, *gradient.shape[2:]),
+                inputs.new_empty(1).expand(count * shape[0], *shape[1:]),
+                self.geometry,
+                count * self.geometry.groups,
+            ).view(count, *shape)
+        if self.geometry.images > 1:
+            torch.sum(rows.view(-1, self.geometry.images, *shape), dim=1, out=units)
+        return units
+
+    def squares(self) -> Tensor:
+        """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
+        if self.geometry.groups > 1:
+            return Rows(self.dense()).squares()
+        images = self.geometry.images
+        some = images * max(1, _NUMBERS_AT_ONCE // windows.pixels(self.inputs, self.geometry) ** 2)
+        parts = [self._part(first, first + some)._gram_squares() for first in range(0, len(self.inputs), some)]
+        return torch.cat(parts)
+
+    def _gram_squares(self) -> Tensor:
+        left, right = self._positions(self.gradient), windows.gram(self.inputs, self.geometry)
+        squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
+        # Nothing cancels between a position's window and itself: its length is the diagonal.
+        longest = (left.square().sum(1) * right.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
+        images = self.geometry.images
+        for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
+            squares[unit] = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
+        return squares
+
+    def _part(self, first: int, last: int) -> Convolution:
+        return replace(self, inputs=self.inputs[first:last], gradient=self.gradient[first:last])
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        images = self.geometry.images
+        dropped = None if dropped is None else dropped.repeat_interleave(images)
+        inputs, gradient = select(self.inputs, dropped), select(self.gradient, dropped)
+        factor = weights.to(gradient).repeat_interleave(images).view(-1, *[1] * (gradient.dim() - 1))
+        weight = inputs.new_empty(1).expand(self.geometry.shape)
+        return _weight_gradient(inputs, gradient * factor, weight, self.geometry, self.geometry.groups)
+
+    def folded(self, folding: Folding) -> Term:
+        if folding.each is None:
+            return Rows(folding.sum(self.dense()))
+        return replace(self, geometry=replace(self.geometry, images=self.geometry.images * folding.each))
+
+    def kept(self, take: Take) -> Term:
+        """Gram matrices where gradients are too large for the cache, and would take about as many operations."""
+        geometry, weights = self.geometry, math.prod(self.geometry.shape)
+        positions = geometry.images * math.prod(self.gradient.shape[2:])
+        operations = windows.operations(self.inputs, geometry) + positions**2 * self.gradient.shape[1]
+        if geometry.groups == 1 and weights > _MANY_WEIGHTS and operations < _SHARE * positions * weights:
+            return self
+        return Rows(self._multiplied_out(take(len(self.inputs) // geometry.images, geometry.shape, self.inputs)))
+
+    def _positions(self, images: Tensor) -> Tensor:
+        """[units, channels, images per unit * positions]."""
+        if self.geometry.images == 1:
+            return images.flatten(2)
+        units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)
+        return units.flatten(2)
+
+
+def _weight_gradient(inputs: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    result: Tensor = torch.ops.aten.convolution_backward(
+        gradient,
+        inputs,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * geometry.dims,
+        groups,
+        [False, True, False],
+    )[1]
+    return result
+
+
+def _convolution(dims: int, operator: Callable[..., Tensor]) -> Rule:
+    def convolution(
+        scope: Scope,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        if not is_batched(input) or is_batched(weight) or is_batched(bias):
+            return NotImplemented
+        stride, dilation = _each(stride, dims), _each(dilation, dims)
+        if isinstance(padding, str):
+            input, padding = _padded(input, weight, padding, dilation, dims)
+        padding = _each(padding, dims)
+
+        def on_rows(rows: int, inputs: Tensor) -> Tensor:
+            images = inputs.flatten(0, -dims - 2)
+            output = operator(images, scope.value(weight), _value(scope, bias), stride, padding, dilation, groups)
+            geometry = Geometry(weight.shape, stride, padding, dilation, groups, len(images) // rows)
+            caught = _caught(scope, output, images, weight, bias, geometry, rows, transposed=False)
+            return caught.view(*inputs.shape[: -dims - 1], *caught.shape[1:])
+
+        return scope.on_rows(on_rows, input)
+
+    return convolution
+
+
+def _transposed(dims: int, operator: Callable[..., Tensor]) -> Rule:
+    def transposed_convolution(
+        scope: Scope,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Any:
+        if not is_batched(input) or is_batched(weight) or is_batched(bias):
+            return NotImplemented
+        stride, padding, dilation = _each(stride, dims), _each(padding, dims), _each(dilation, dims)
+
+        def on_rows(rows: int, inputs: Tensor) -> Tensor:
+            images = inputs.flatten(0, -dims - 2)
+            output = operator(
+                images, scope.value(weight), _value(scope, bias), stride, padding, output_padding, groups, dilation
+            )
+            geometry = Geometry(weight.shape, stride, padding, dilation, groups, len(images) // rows)
+            caught = _caught(scope, output, images, weight, bias, geometry, rows, transposed=True)
+            return caught.view(*inputs.shape[: -dims - 1], *caught.shape[1:])
+
+        return scope.on_rows(on_rows, input)
+
+    return transposed_convolution
+
+
+def _caught(
+    scope: Scope,
+    output: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    rows: int,
+    *,
+    transposed: bool,
+) -> Tensor:
+    owner = scope.weight(weight)
+    bias_owner = None if bias is None else scope.weight(bias)
+
+    def terms(gradient: Tensor, *saved: Tensor) -> Iterator[tuple[Weight, Term]]:
+        spread = scope.scaled(gradient, rows)
+        if owner is not None:
+            gradients, inputs = spread.flatten(0, 1), wide(saved[0])
+            # A transposed convolution is a convolution backwards: what goes in and what comes out change places.
+            if transposed:
+                gradients, inputs = inputs, gradients
+            yield owner, Convolution(inputs, gradients, geometry)
+        if bias_owner is not None:
+            yield bias_owner, Rows(spread.transpose(1, 2).flatten(2).sum(2))
+
+    saved = (images.to(output.dtype),) if owner is not None else ()
+    return scope.catch(output, [owner, bias_owner], terms, *saved)
+
+
+def _value(scope: Scope, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else scope.value(tensor)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """One number per dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _padded(
+    inputs: Tensor, weight: Tensor, padding: str, dilation: Sequence[int], dims: int
+) -> tuple[Tensor, list[int]]:
+    """The input as padding="same" or "valid" want it, which may be uneven."""
+    if padding != "same":
+        return inputs, [0] * dims
+    totals = [step * (kernel - 1) for step, kernel in zip(dilation, weight.shape[2:], strict=True)]
+    sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return F.pad(inputs, sides), [0] * dims
+
+
+RULES: Mapping[Any, Rule] = {
+    F.conv1d: _convolution(1, F.conv1d),
+    F.conv2d: _convolution(2, F.conv2d),
+    F.conv3d: _convolution(3, F.conv3d),
+    F.conv_transpose1d: _transposed(1, F.conv_transpose1d),
+    F.conv_transpose2d: _transposed(2, F.conv_transpose2d),
+    F.conv_transpose3d: _transposed(3, F.conv_transpose3d),
+}

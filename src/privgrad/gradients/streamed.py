@@ -1,0 +1,71 @@
+"""One ordinary backward pass per unit, one unit after the other: memory for one gradient, any model that autograd takes.
+
+With groups as units it is the engine of Batch Clipping (arXiv:2307.11939): all rows of a group go through the model together,
+so that BatchNorm sees its own group, and no other. With rows as units it is a loop over batches of one: slow, always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from privgrad.errors import PrivgradError, RefusedError
+from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
+from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
+
+
+class StreamedEngine:
+    """A unit's vector is the gradient of the scaled sum (`mean`: of the mean) of its rows' losses, its rows taken together.
+
+    mean: divide by the number of the unit's rows.
+
+    Guarantee: what a unit's vector is depends on its own rows, the weights and fresh randomness only: buffers are as they were
+    for every unit, and after the last. A unit without rows contributes nothing; the rule is called once for each other one.
+    """
+
+    def __init__(self, *, mean: bool = False) -> None:
+        self.mean = mean
+
+    def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
+        """See `contract.Engine.accumulate`. `request.fold.index` may be in any order."""
+        module = WithLoss(model, loss_fn)
+        parameters = trainable(model)
+        dtype = accumulation_dtype(model)
+        for unit in torch.unique(request.fold.index).tolist():
+            rows = (request.fold.index == unit).nonzero().flatten()
+            gradients = self._gradients(module, parameters, request, rows)
+            vectors = request.encoding.encode({name: value[None].to(dtype) for name, value in gradients.items()})
+            one = Request(None, Fold.identity(1), request.encoding, request.blocks, request.rule, request.sink)
+            add_weighted(one, vectors)
+
+    def _gradients(
+        self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request, rows: Tensor
+    ) -> dict[str, Tensor]:
+        device = next(iter(parameters.values())).device
+        batch: Tree = pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)], request.batch)
+        versions = [parameter._version for parameter in module.parameters()]
+        with buffers_kept(module), torch.enable_grad():
+            losses: Any = module(batch)
+            if request.fold.scale is not None:
+                losses = losses * request.fold.scale[rows].to(device, losses.dtype)
+            total = losses.mean() if self.mean else losses.sum()
+        if versions != [parameter._version for parameter in module.parameters()]:
+            raise RefusedError(
+                "the model's forward pass changes its own parameters (nn.Embedding with max_norm does): they would be "
+                "released un-noised; take the change out of forward"
+            )
+        if not total.requires_grad:
+            return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        try:
+            with nothing_in_grad(parameters):
+                gradients = torch.autograd.grad(
+                    total, list(parameters.values()), allow_unused=True, materialize_grads=True
+                )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PrivgradError(f"the model's gradient cannot be taken by torch.autograd.grad: {reason}") from error
+        return dict(zip(parameters, gradients, strict=True))

@@ -1,0 +1,305 @@
+"""A weight's unit gradients in the form in which an operator's rule has them: norms and weighted sums from each.
+
+A term is one use's share of the gradients of one weight, [units, *shape]. Only `Rows` holds them; the others hold what the
+gradients are products of, and multiply it out only where that is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from privgrad.gradients.contract import Fold
+
+TRUSTED = 1e-4
+"""A Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
+
+_TRAFFIC = 96
+"""What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
+
+
+@dataclass(frozen=True)
+class Folding:
+    """A fold on the model's device, and what terms want to know of it.
+
+    each: rows per unit where all units have as many; None where they differ.
+    """
+
+    index: Tensor
+    units: int
+    scale: Tensor | None
+    each: int | None
+
+    @staticmethod
+    def of(fold: Fold, device: torch.device) -> Folding:
+        """The fold, moved to the device."""
+        if fold.is_identity:
+            return Folding(fold.index, fold.units, None, 1)
+        counts = fold.index.bincount(minlength=fold.units)
+        same = bool((counts == counts[0]).all())
+        scale = None if fold.scale is None else fold.scale.to(device)
+        return Folding(fold.index.to(device), fold.units, scale, int(counts[0]) if same else None)
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        """A gradient [rows, ...] with each row's factor."""
+        if self.scale is None:
+            return gradient
+        return gradient * self.scale.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """[rows, ...] to [units, ...]."""
+        if self.each == 1:
+            return rows
+        if self.each is not None:
+            return rows.view(self.units, self.each, *rows.shape[1:]).sum(1)
+        return rows.new_zeros(self.units, *rows.shape[1:]).index_add_(0, self.index, rows)
+
+
+Take = Callable[[int, torch.Size, Tensor], Tensor]
+"""take(rows, shape, like): a buffer [rows, *shape], see `memory.Workspace`."""
+
+
+class Term(Protocol):
+    """A share of a weight's gradients, [units, *shape] (before `folded`: [rows, *shape]), in float32 or wider."""
+
+    def dense(self) -> Tensor:
+        """The gradients themselves."""
+        ...
+
+    def squares(self) -> Tensor:
+        """[units]: their squared l2 norms. Not finite for a unit whose gradient is not."""
+        ...
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        """[*shape]: the sum of weights [units] times gradients; units in the mask `dropped` are selected out, not multiplied."""
+        ...
+
+    def folded(self, folding: Folding) -> Term:
+        """From rows to units."""
+        ...
+
+    def kept(self, take: Take) -> Term:
+        """The form in which to wait for the weights: multiplied out, where that is cheaper, into a buffer from `take`."""
+        ...
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """float32, where a tensor has less: norms and sums are never kept in less."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def select(tensor: Tensor, dropped: Tensor | None) -> Tensor:
+    """A tensor [units, ...] with zeros for the dropped units: 0 * NaN would be NaN."""
+    if dropped is None:
+        return tensor
+    selected: Tensor = tensor.masked_fill(dropped.view(-1, *[1] * (tensor.dim() - 1)), 0)
+    return selected
+
+
+@dataclass
+class Rows:
+    """The gradients themselves, [units, *shape]."""
+
+    gradient: Tensor
+
+    def dense(self) -> Tensor:
+        return self.gradient
+
+    def squares(self) -> Tensor:
+        return _squares(self.gradient)
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
+        return (weights.to(flat) @ flat).view(self.gradient.shape[1:])
+
+    def folded(self, folding: Folding) -> Rows:
+        return Rows(folding.sum(self.gradient))
+
+    def kept(self, take: Take) -> Rows:
+        return self
+
+
+@dataclass
+class Outer:
+    """Sums of outer products: left [units, T, p], right [units, T, d], gradient [p, d] = sum over T of left_t right_t^T."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        return torch.bmm(self.left.transpose(1, 2), self.right)
+
+    def squares(self) -> Tensor:
+        if self.left.shape[1] == 1:
+            return _squares(self.left) * _squares(self.right)
+        return _trusted(_inner(self, self), [self])
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        left, right = select(self.left, dropped), select(self.right, dropped)
+        factor = weights.to(left).view(-1, 1, 1)
+        if left.shape[2] <= right.shape[2]:
+            left = left * factor
+        else:
+            right = right * factor
+        return left.flatten(0, 1).T @ right.flatten(0, 1)
+
+    def folded(self, folding: Folding) -> Term:
+        if folding.each == 1:
+            return self
+        if folding.each is None:
+            return Rows(folding.sum(self.dense()))
+        left, right = (t.reshape(folding.units, -1, t.shape[2]) for t in (self.left, self.right))
+        return Outer(left, right)
+
+    def kept(self, take: Take) -> Term:
+        """Two T x T Gram matrices, or the gradients written once and read twice, whichever costs less."""
+        positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
+        if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
+            buffer = take(len(self.left), torch.Size((rows, columns)), self.left)
+            return Rows(torch.bmm(self.left.transpose(1, 2), self.right, out=buffer))
+        return self
+
+
+@dataclass
+class Lookup:
+    """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T."""
+
+    index: Tensor
+    right: Tensor
+    count: int
+
+    def dense(self) -> Tensor:
+        units, _, width = self.right.shape
+        table = self.right.new_zeros(units * self.count, width)
+        return table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
+
+    def squares(self) -> Tensor:
+        places, inverse = torch.unique(self._places(), return_inverse=True)
+        touched = self.right.new_zeros(len(places), self.right.shape[2])
+        touched.index_add_(0, inverse, self.right.flatten(0, 1))
+        squares: Tensor = torch.linalg.vector_norm(touched, dim=1).square()
+        squares = torch.linalg.vector_norm(touched, dim=1).square()
+        return squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
+        table = right.new_zeros(self.count, right.shape[2])
+        return table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
+
+    def folded(self, folding: Folding) -> Term:
+        if folding.each == 1:
+            return self
+        if folding.each is None:
+            return Rows(folding.sum(self.dense()))
+        return Lookup(
+            self.index.reshape(folding.units, -1),
+            self.right.reshape(folding.units, -1, self.right.shape[2]),
+            self.count,
+        )
+
+    def kept(self, take: Take) -> Lookup:
+        return self
+
+    def _places(self) -> Tensor:
+        units = torch.arange(len(self.index), device=self.index.device)
+        return (units[:, None] * self.count + self.index).flatten()
+
+
+@dataclass
+class Sum:
+    """A tied table's uses, as products (`Outer`) and look-ups: a unit's gradient is their sum, so its norm has cross terms."""
+
+    terms: Sequence[Outer | Lookup]
+
+    def dense(self) -> Tensor:
+        return reduce(torch.add, (term.dense() for term in self.terms))
+
+    def squares(self) -> Tensor:
+        total = sum(term.squares() for term in self.terms)
+        for number, one in enumerate(self.terms):
+            for other in self.terms[:number]:
+                total = total + 2 * _inner(one, other)
+        assert isinstance(total, Tensor)
+        return _trusted(total, self.terms)
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        return reduce(torch.add, (term.weighted_sum(weights, dropped) for term in self.terms))
+
+    def folded(self, folding: Folding) -> Term:
+        return combined([term.folded(folding) for term in self.terms])
+
+    def kept(self, take: Take) -> Sum:
+        return self
+
+
+def combined(terms: Sequence[Term]) -> Term:
+    """One term for all uses of a weight: norms are norms of the sum over uses."""
+    if len(terms) == 1:
+        return terms[0]
+    products = [term for term in terms if isinstance(term, Outer)]
+    lookups = [term for term in terms if isinstance(term, Lookup)]
+    if len(products) + len(lookups) < len(terms):
+        return Rows(reduce(torch.add, (term.dense() for term in terms)))
+    joined: list[Outer | Lookup] = []
+    if products:
+        left = torch.cat([term.left for term in products], dim=1)
+        joined.append(Outer(left, torch.cat([term.right for term in products], dim=1)))
+    if lookups:
+        index = torch.cat([term.index for term in lookups], dim=1)
+        joined.append(Lookup(index, torch.cat([term.right for term in lookups], dim=1), lookups[0].count))
+    return joined[0] if len(joined) == 1 else Sum(joined)
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
+    return lengths.square()
+
+
+def _inner(one: Outer | Lookup, other: Outer | Lookup) -> Tensor:
+    """[units]: the inner products of two terms' gradients, from Gram matrices over their positions."""
+    if isinstance(one, Lookup):
+        if isinstance(other, Outer):
+            return _inner(other, one)
+        left = (one.index[:, :, None] == other.index[:, None, :]).to(one.right)
+    elif isinstance(other, Lookup):
+        left = one.left.gather(2, other.index[:, None, :].expand(-1, one.left.shape[1], -1))
+    else:
+        left = torch.bmm(one.left, other.left.transpose(1, 2))
+    right = torch.bmm(one.right, other.right.transpose(1, 2))
+    inner: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return inner
+
+
+def _largest(term: Outer | Lookup) -> Tensor:
+    """[units]: the norm that a term's gradient would have if nothing cancelled."""
+    lengths: Tensor = torch.linalg.vector_norm(term.right, dim=2)
+    if isinstance(term, Outer):
+        lengths = lengths * torch.linalg.vector_norm(term.left, dim=2)
+    return lengths.sum(1)
+
+
+def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
+    """Squared Gram norms, computed again from the gradients for units where cancellation ate their digits.
+
+    A norm that comes out too small would let a unit contribute more than its bound.
+    """
+    largest = sum(_largest(term) for term in terms)
+    assert isinstance(largest, Tensor)
+    for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():
+        part = slice(unit, unit + 1)
+        gradient = reduce(
+            torch.add,
+            (
+                Outer(term.left[part], term.right[part]).dense()
+                if isinstance(term, Outer)
+                else Lookup(term.index[part], term.right[part], term.count).dense()
+                for term in terms
+            ),
+        )
+        squares[unit] = _squares(gradient)[0]
+    return squares
