@@ -32,6 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
         "npz": {"inputs": "x", "labels": "y", "classes": None},
         "table": None,
+        "features": None,
     },
     "model": {"name": "mlp", "arguments": {}},
     "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld", "disclose": []},
@@ -136,7 +137,7 @@ def _put(config: Config, section: str, key: str, value: Any) -> None:
     if section == "plan" and key in KINDS:
         known[key] = _stage(key, known[key], value)
         return
-    if key in ("arguments", "images", "npz", "table") and not isinstance(value, Mapping):
+    if key in ("arguments", "images", "npz", "table", "features") and not isinstance(value, Mapping):
         raise PrivgradError(f"{section}.{key} is {value!r}; expected a table")
     known[key] = {**known[key], **value} if key in ("images", "npz") else value
 

@@ -13,8 +13,8 @@ from privgrad.errors import PrivgradError
 class Records(Dataset[tuple[Tensor, Tensor]]):
     """(input, label) pairs. Pixels stay uint8 in memory and are scaled when they are taken.
 
-    inputs: float32 [n, *shape], taken as they are; or uint8 [n, channels, height, width] or [n, features], taken as pixels / 255,
-    less `mean`, over `std`: stated constants, for all channels or for each. labels: int64 [n].
+    inputs: float32 or float16 [n, *shape], taken as they are; or uint8 [n, channels, height, width] or [n, features], taken as
+    pixels / 255, less `mean`, over `std`: stated constants, for all channels or for each. labels: int64 [n].
     """
 
     def __init__(self, inputs: Tensor, labels: Tensor, mean: Scalar = 0.5, std: Scalar = 0.5) -> None:
@@ -39,7 +39,7 @@ class Records(Dataset[tuple[Tensor, Tensor]]):
         inputs = self.inputs.index_select(0, indices)
         if inputs.dtype == torch.uint8:
             inputs = inputs.to(torch.float32).sub_(self._offset).div_(self._divisor)
-        return inputs, self.labels.index_select(0, indices)
+        return inputs.to(torch.float32), self.labels.index_select(0, indices)
 
 
 def _per_channel(name: str, value: Scalar, inputs: Tensor) -> Tensor:

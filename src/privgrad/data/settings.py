@@ -129,6 +129,28 @@ class TableSettings:
 
 
 @dataclass(frozen=True)
+class FeatureSettings:
+    """[data.features]. kind: "scattering". scale: J, of the largest wavelets, 2^J pixels. groups: each image's features are
+    normalised in so many groups of channels, by that image's own statistics; 0 leaves them as they are."""
+
+    kind: str = "scattering"
+    scale: int = 2
+    groups: int = 27
+
+    def __post_init__(self) -> None:
+        _one_of("data.features.kind", self.kind, ("scattering",))
+        check_count("data.features.scale", self.scale)
+        check_number("data.features.scale", self.scale, at_most=6)
+        check_count("data.features.groups", self.groups, at_least=0)
+
+    @property
+    def words(self) -> str:
+        """What is done, for the certificate."""
+        normalised = f", normalised in {self.groups} groups by the image's own statistics" if self.groups else ""
+        return f"scattering features (J = {self.scale}) of each image by itself{normalised}"
+
+
+@dataclass(frozen=True)
 class DataSettings:
     """[data]. source: an embedded name or a path. test_source, test_share: the test split, where the source has none of its own.
 
@@ -142,6 +164,7 @@ class DataSettings:
     images: ImageSettings = field(default_factory=ImageSettings)
     npz: NpzSettings = field(default_factory=NpzSettings)
     table: TableSettings | None = None
+    features: FeatureSettings | None = None
 
     def __post_init__(self) -> None:
         _text("data.source", self.source)
@@ -162,7 +185,7 @@ def read_settings(data: Mapping[str, Any]) -> DataSettings:
     """
     given = {key: value for key, value in data.items() if key != "test"}
     _check_keys("data", given, [*_fields(DataSettings), "test"])
-    for key, read in (("images", _images), ("npz", _npz), ("table", _table)):
+    for key, read in (("images", _images), ("npz", _npz), ("table", _table), ("features", _features)):
         if given.get(key) is not None:
             given[key] = read(_mapping(f"data.{key}", given[key]))
         else:
@@ -196,6 +219,11 @@ def _images(given: Mapping[str, Any]) -> ImageSettings:
 def _npz(given: Mapping[str, Any]) -> NpzSettings:
     _check_keys("data.npz", given, _fields(NpzSettings))
     return NpzSettings(**{key: _frozen(value) for key, value in given.items()})
+
+
+def _features(given: Mapping[str, Any]) -> FeatureSettings:
+    _check_keys("data.features", given, _fields(FeatureSettings))
+    return FeatureSettings(**given)
 
 
 def _table(given: Mapping[str, Any]) -> TableSettings:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from privgrad.data.cache import Cache
+from privgrad.data.features import with_features
 from privgrad.data.find import Files, locate, one_split, split_files
 from privgrad.data.image_files import open_folder, open_parquet_images
 from privgrad.data.npz import holds_both_splits, open_npz
@@ -99,6 +100,13 @@ def load(settings: DataSettings | str, adjacency: Adjacency = Adjacency.ZERO_OUT
             f"({test_kind}); expected the same in both splits"
         )
     cache.commit()
+    scaling = train.scaling
+    if settings.features is not None:
+        train_set, test_set = (
+            with_features(records, settings.features, cache.directory, part.where)
+            for records, part in zip(sets, (train, test), strict=True)
+        )
+        sets, shape, scaling = [train_set, test_set], tuple(train_set.inputs.shape[1:]), settings.features.words
     keys, users = (None, None) if train.keys is None else dense_units(train.keys)
     return Source(
         name=_name(path),
@@ -107,7 +115,7 @@ def load(settings: DataSettings | str, adjacency: Adjacency = Adjacency.ZERO_OUT
         size=len(train),
         input_shape=shape,
         classes=count_of(train.classes),
-        scaling=train.scaling,
+        scaling=scaling,
         keys=keys,
         users=users,
     )
@@ -159,7 +167,7 @@ def _open(path: Path, settings: DataSettings, adjacency: Adjacency, key: str | N
 
 def _check_sections(settings: DataSettings, path: Path, used: set[str]) -> None:
     """Refuse what was stated and would not be heeded."""
-    for name, default in (("images", ImageSettings()), ("npz", NpzSettings()), ("table", None)):
+    for name, default in (("images", ImageSettings()), ("npz", NpzSettings()), ("table", None), ("features", None)):
         if name not in used and getattr(settings, name) != default:
             raise PrivgradError(f"[data.{name}] is given, and {path} is read without it; leave it out")
 
@@ -167,10 +175,10 @@ def _check_sections(settings: DataSettings, path: Path, used: set[str]) -> None:
 def _sections(files: Files, settings: DataSettings) -> set[str]:
     """The parts of [data] that a file is read by."""
     if files.is_folder:
-        return {"images"}
+        return {"images", "features"}
     if files.kind == ".npz":
-        return {"npz", "images"}
-    return {"table"} if settings.table is not None else {"images"}
+        return {"npz", "images", "features"}
+    return {"table"} if settings.table is not None else {"images", "features"}
 
 
 def _open_part(
