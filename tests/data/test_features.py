@@ -78,7 +78,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 def test_a_source_with_features(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_images(
-            tmp_path / "set" / f"{name}.parquet", [image_bytes(p) for p in pictures(6, (3, 16, 16))], [0, 1] * 3
+            tmp_path / "set" / f"{name}.parquet", [image_bytes(p) for p in pictures(6, (16, 16, 3))], [0, 1] * 3
         )
     data = {"source": str(tmp_path / "set"), "cache": str(tmp_path / "cache"), "images": {"classes": 2}}
     source = load(read_settings({**data, "features": {"kind": "scattering"}}))
