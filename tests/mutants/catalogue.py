@@ -234,8 +234,9 @@ MUTANTS = (
     Mutant(
         "windows that cross images are left out of a Gram matrix",
         "gradients/rules/convolution.py",
-        "        if self.geometry.images == 1:\n            return images.flatten(2)\n",
-        "        if True:\n            return images.flatten(2).repeat_interleave(self.geometry.images, 2)[:: self.geometry.images]\n",
+        "units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)",
+        "units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2) * (torch.arange("
+        "self.geometry.images) < 1).view(-1, *[1] * (images.dim() - 2))",
         (OPERATORS,),
     ),
     Mutant(
