@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -322,6 +324,36 @@ def test_looking_at_sizes_does_not_move_the_generator() -> None:
         torch.manual_seed(1)
         sums.append(accumulate(engine, model, cross_entropy, batch, Recording(torch.ones(6, 1))).flat.clone())
     assert torch.equal(*sums)
+
+
+def test_a_step_leaves_no_cycle_that_holds_memory() -> None:
+    """Without the garbage collector: activations and gradients must go when the step ends."""
+    model = nn.Sequential(
+        nn.Linear(6, 6), nn.GroupNorm(2, 6), Around(lambda m, x: x @ m.w.exp() * m.s, w=(6, 6), s=(6,))
+    )
+    seen: list[weakref.ref[Any]] = []
+
+    def watched(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        losses = squares(model, batch)
+        seen.append(weakref.ref(losses))
+        return losses
+
+    class Watched(Recording):
+        def __call__(self, norms: Tensor, blocks: Any) -> Tensor:
+            seen.append(weakref.ref(norms))
+            return super().__call__(norms, blocks)
+
+    engine = OnePassEngine()
+    accumulate(engine, model, watched, (torch.randn(5, 6),), Watched(torch.ones(5, 1)))
+    gc.collect()
+    gc.disable()
+    try:
+        seen.clear()
+        accumulate(engine, model, watched, (torch.randn(5, 6),), Watched(torch.ones(5, 1)))
+        assert len(seen) == 2
+        assert all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
 
 
 def test_a_separable_rule_is_called_inside_backward_last_layer_first() -> None:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 AUDIT = "tests/audit/test_step_audit.py"
 FRAME = "tests/frame/test_frame.py"
+ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
+FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
+ONEPASS = "tests/gradients/test_onepass.py"
+OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
+POISON = "tests/gradients/test_onepass.py::test_a_non_finite_gradient_contributes_exactly_zero"
+STREAMED = "tests/gradients/test_streamed.py"
+UNCOVERED = "tests/gradients/test_onepass.py::test_what_is_not_covered_falls_back_and_says_so_once"
 VMAP = "tests/gradients/test_vmap.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
@@ -157,6 +164,127 @@ MUTANTS = (
         "return torch.float64 if wide else torch.float32",
         "return next(model.parameters()).dtype",
         (VMAP,),
+    ),
+    # the one-pass engine
+    Mutant(
+        "the norm misses the bias of a linear layer",
+        "gradients/rules/linear.py",
+        "yield bias_owner, Rows(left.sum(1))",
+        "yield bias_owner, Rows(0 * left.sum(1))",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "the uses of a tied weight are normed one by one",
+        "gradients/terms.py",
+        "left = torch.bmm(one.left, other.left.transpose(1, 2))",
+        "left = torch.bmm(one.left, other.left.transpose(1, 2)) * torch.eye(one.left.shape[1])",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "a tied table's look-ups and products are normed apart",
+        "gradients/terms.py",
+        "total = total + 2 * _inner(one, other)",
+        "total = total + 0 * _inner(one, other)",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "a parameter that is used twice is settled after its first use",
+        "gradients/collector.py",
+        "if weight.name in self._native and len(weight.terms) == weight.expected:",
+        "if weight.name in self._native:",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "an uncovered parameter is dropped",
+        "gradients/onepass.py",
+        "        if left is not None:\n            raise NotCoveredError(",
+        "        if False:\n            raise NotCoveredError(",
+        (UNCOVERED,),
+    ),
+    Mutant(
+        "weights are applied to NaN by multiplication",
+        "gradients/terms.py",
+        "    if dropped is None:\n        return tensor\n",
+        "    return tensor\n",
+        (POISON,),
+    ),
+    Mutant(
+        "cancelled Gram norms are believed",
+        "gradients/terms.py",
+        "for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():",
+        "for unit in []:",
+        (f"{ONEPASS}::test_norms_survive_cancellation",),
+    ),
+    Mutant(
+        "padding is counted",
+        "gradients/rules/embedding.py",
+        "            if padding is not None:\n",
+        "            if False:\n",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "rows of one unit are clipped one by one in one pass",
+        "gradients/catching.py",
+        "self._collector.deliver(weight, term.folded(self._collector.folding))\n\n        kept",
+        "self._collector.deliver(weight, term)\n\n        kept",
+        (FOLDS,),
+    ),
+    Mutant(
+        "a row's factor is forgotten",
+        "gradients/terms.py",
+        "        if self.scale is None:\n            return gradient\n",
+        "        return gradient\n",
+        (FOLDS,),
+    ),
+    Mutant(
+        "windows that cross images are left out of a Gram matrix",
+        "gradients/rules/convolution.py",
+        "units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)",
+        "units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2) * (torch.arange("
+        "self.geometry.images) < 1).view(-1, *[1] * (images.dim() - 2))",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "a derived weight's gradient does not reach its parameter",
+        "gradients/collector.py",
+        "            if part is not None:\n                parent.terms",
+        "            if False:\n                parent.terms",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "a block without gradients is not asked for",
+        "gradients/collector.py",
+        "        self._settle(list(self._open))\n",
+        "        self._settle([c for c in self._open if self._squares[:, c].any() or self._totals[c]])\n",
+        (f"{ONEPASS}::test_every_block_is_asked_for_also_where_nothing_was_used",),
+    ),
+    Mutant(
+        "encoded parameters are summed as they are",
+        "gradients/collector.py",
+        "        if request.encoding.need(name) == Need.NORMS and slots.get(name) == parameter.shape\n",
+        "        if slots.get(name, parameter.shape) == parameter.shape\n",
+        (ENCODED,),
+    ),
+    Mutant(
+        "what a hidden operator leaves in .grad passes",
+        "gradients/loss.py",
+        "    if found:\n",
+        "    if False:\n",
+        (f"{ONEPASS}::test_a_backward_pass_with_side_effects_is_refused",),
+    ),
+    Mutant(
+        "buffers carry over from group to group",
+        "gradients/loss.py",
+        "            owner._buffers[name] = tensor\n",
+        "            pass\n",
+        (STREAMED, f"{ONEPASS}::test_buffers_are_as_they_were"),
+    ),
+    Mutant(
+        "tables that forward rescales are accepted",
+        "gradients/streamed.py",
+        "        if versions != [",
+        "        if False and versions != [",
+        (STREAMED,),
     ),
     # sensitivity and the table
     Mutant(

@@ -36,11 +36,17 @@ class Scope:
     def __init__(self, collector: Collector, mode: TorchFunctionMode, row: Tensor) -> None:
         self._collector = collector
         self._weights = {id(weight.tensor): weight for weight in collector.parameters.values()}
-        self._copies: dict[int, Tensor] = {}
+        self._copies: dict[tuple[int, bool], Tensor] = {}
         self._anchor = collector.anchor
         self.mode = mode
         self.row = row
         self._level = level()
+
+    def close(self) -> None:
+        """The forward pass is over. Copies know their backward functions, and those this object: a cycle, and a leak."""
+        self._copies.clear()
+        self._weights.clear()
+        del self.mode, self.row
 
     def weight(self, value: object) -> Weight | None:
         """The weight that a tensor is; None where nothing trainable is in it."""
@@ -55,10 +61,10 @@ class Scope:
         """The weights among arguments, lists of them included."""
         found = []
         for argument in arguments:
-            if isinstance(argument, Tensor):
-                if id(argument) in self._weights:
-                    found.append(self._weights[id(argument)])
-            elif isinstance(argument, list | tuple):
+            weight = self._weights.get(id(argument))
+            if weight is not None:
+                found.append(weight)
+            elif type(argument) in (list, tuple):
                 found += self.weights_in(argument)
         return found
 
@@ -101,20 +107,22 @@ class Scope:
         """A gradient [rows, ...] in float32 or wider, with each row's factor."""
         return self._collector.folding.scaled(wide(gradient))
 
-    def copies(self, weight: Weight, rows: int) -> Tensor:
-        """[rows, *shape] (in on_rows): a copy for every row, whose gradients are the row gradients."""
-        known = self._copies.get(id(weight))
+    def copies(self, weight: Weight, rows: int, flat: bool = False) -> Tensor:
+        """[rows, *shape] (in on_rows): a copy for every row, whose gradients are the row gradients. flat: [rows * numbers]."""
+        known = self._copies.get((id(weight), flat))
         if known is None:
             self._collector.expect(weight)
 
             def arrived(gradient: Tensor) -> None:
                 if not self._collector.backward:
                     raise NotCoveredError("the model takes a gradient in its forward pass")
-                term = Rows(self.factored(gradient))
+                term = Rows(self.factored(gradient.reshape(rows, *weight.tensor.shape)))
                 self._collector.deliver(weight, term.folded(self._collector.folding))
 
-            known = _Copies.apply(self._anchor, weight.detached, rows, arrived)  # type: ignore[no-untyped-call]
-            self._copies[id(weight)] = known
+            copied = weight.detached.expand(rows, *weight.tensor.shape)
+            copied = copied.reshape(-1) if flat else copied
+            known = _Copies.apply(self._anchor, copied, arrived)  # type: ignore[no-untyped-call]
+            self._copies[id(weight), flat] = known
         return known
 
 
@@ -130,9 +138,12 @@ class Catching(TorchFunctionMode):
         self._always = always
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        weights = self.scope.weights_in(args) + self.scope.weights_in(kwargs.values())
-        if not torch.is_grad_enabled() or (not weights and func not in self._always):
+        weights = self.scope.weights_in(args)
+        if kwargs:
+            weights += self.scope.weights_in(kwargs.values())
+        else:
+            kwargs = {}
+        if (not weights and func not in self._always) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if not any_batched(args) and not any_batched(kwargs.values()):
             output = func(*args, **kwargs)
@@ -200,15 +211,15 @@ class _Catch(torch.autograd.Function):
 
 
 class _Copies(torch.autograd.Function):
-    """A weight, once per row."""
+    """The identity on copies of a weight; its backward pass shows their gradients to `arrived`, and goes no further."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, weight: Tensor, rows: int, arrived: Callable[[Tensor], None]) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, copied: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
         ctx.arrived = arrived
-        return weight.expand(rows, *weight.shape)
+        return copied.view_as(copied)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.arrived(gradient)
-        return None, None, None, None
+        return None, None, None

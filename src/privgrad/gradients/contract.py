@@ -193,7 +193,8 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
     Units whose norm is not finite get the weight 0 from the rule and are selected out before they touch a sum.
     """
     flats = {slot: vector.reshape(len(vector), -1) for slot, vector in vectors.items()}
-    squares = [torch.stack([flats[slot].square().sum(1) for slot in slots]).sum(0) for slots in request.blocks]
+    lengths = {slot: torch.linalg.vector_norm(flat, dim=1) for slot, flat in flats.items()}
+    squares = [torch.stack([lengths[slot].square() for slot in slots]).sum(0) for slots in request.blocks]
     norms = torch.stack(squares, dim=1).sqrt()
     weights = request.rule(norms, range(len(request.blocks)))
     for column, slots in enumerate(request.blocks):

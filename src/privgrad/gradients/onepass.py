@@ -95,8 +95,12 @@ class OnePassEngine:
 
         def loss(row: Tree) -> Any:
             one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
-            with Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0]):
-                return module(one).squeeze(0)
+            catching = Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0])
+            try:
+                with catching:
+                    return module(one).squeeze(0)
+            finally:
+                catching.scope.close()
 
         with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)

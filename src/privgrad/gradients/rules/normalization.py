@@ -127,8 +127,8 @@ def _copied(scope: Scope, value: Tensor | None, rows: int, images: int) -> Tenso
     if value is None:
         return None
     owner = scope.weight(value)
-    copies = value.expand(rows, -1) if owner is None else scope.copies(owner, rows)
-    return copies[:, None].expand(-1, images, -1).reshape(-1)
+    copies = value.expand(rows, -1).reshape(-1) if owner is None else scope.copies(owner, rows, flat=True)
+    return copies if images == 1 else copies.view(rows, 1, -1).expand(-1, images, -1).reshape(-1)
 
 
 RULES: Mapping[Any, Rule] = {
