@@ -547,3 +547,12 @@ def test_read_config_leaves_the_tables_as_they_are(tmp_path: Path) -> None:
     assert read_config(written(tmp_path / "config.toml", "[plan]\nsteps = 5")) == {"plan": {"steps": 5}}
     with pytest.raises(PrivgradError):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["optimizer.differentiable={ a = 1 }", "optimizer.weight_decay='x'"])
+def test_an_optimizer_that_cannot_step_is_refused_before_anything_is_charged(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, setting: str
+) -> None:
+    line = refused(capsys, "train", *SMALL, "--set", setting, "--out", tmp_path / "run")
+    assert line.startswith("optimizer: ")
+    assert not (tmp_path / "run").exists()

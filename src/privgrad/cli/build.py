@@ -153,6 +153,7 @@ def build_optimizer(config: Config, model: nn.Module) -> tuple[Optimizer, LRSche
     if "lr" in arguments:
         check_number("optimizer.lr", arguments["lr"], at_least=0)
     optimizer: Optimizer = _make("optimizer", optimizer_class, parameters, arguments)
+    _try_step(optimizer_class, arguments)
     schedule = config["optimizer"].get("schedule")
     if schedule is None:
         return optimizer, None
@@ -161,6 +162,21 @@ def build_optimizer(config: Config, model: nn.Module) -> tuple[Optimizer, LRSche
     scheduler_class = _named(torch.optim.lr_scheduler, LRScheduler, "optimizer.schedule.name", schedule["name"])
     options = {key: value for key, value in schedule.items() if key != "name"}
     return optimizer, _make("optimizer.schedule", scheduler_class, optimizer, options)
+
+
+def _try_step(optimizer_class: type[Optimizer], arguments: dict[str, Any]) -> None:
+    """Some optimizers look at their arguments only when they step: one step on a parameter of its own, before any charge."""
+    if optimizer_class in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        return  # refused with their own reasons
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer_class([parameter], **arguments).step()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PrivgradError(
+            f"optimizer: {optimizer_class.__name__} cannot take a step with {arguments}: {reason}"
+        ) from error
 
 
 def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:

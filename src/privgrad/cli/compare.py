@@ -20,7 +20,7 @@ from privgrad.cli.numbers import Json, Settings
 from privgrad.cli.output import print_json
 from privgrad.cli.train import run_training
 from privgrad.errors import PrivgradError, check_count, check_number
-from privgrad.files import canonical_json, digest, read_json, write_atomically
+from privgrad.files import canonical_json, digest, make_directory, read_json, write_atomically
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import read_ledger
 from privgrad.report.comparison import Cell, Row, rows_of, to_csv, to_svg
@@ -105,7 +105,7 @@ def _open(directory: Path, plans: dict[str, Config], seeds: int, *, resume: bool
     elif resume:
         raise PrivgradError(f"{directory} holds no comparison to resume; start one without --resume")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
     except OSError as error:
         raise PrivgradError(f"{directory} cannot be made: {error.strerror or error}") from error
     write_atomically(stamp, canonical_json({"plans": asked, "seeds": seeds}) + "\n")

@@ -123,7 +123,7 @@ def _spread(atoms: Sequence[_Atom]) -> float:
     return math.sqrt(sum(atom.count * atom.rate**2 * math.expm1(min(1.0, atom.multiplier**-2)) for atom in atoms))
 
 
-_ORDERS_WITHOUT_REPLACEMENT = range(2, 257)
+_ORDERS_WITHOUT_REPLACEMENT = (*range(2, 49), 56, 64, 80, 96, 128, 160, 192, 256)
 """Above 256 dp-accounting approximates this sampler by Stirling's formula; between whole orders it interpolates."""
 
 
