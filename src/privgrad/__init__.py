@@ -18,6 +18,7 @@ from privgrad.mechanism.sampling import (
 )
 from privgrad.privacy.adjacency import Adjacency, Example, User
 from privgrad.privacy.events import Accountant
+from privgrad.privacy.ledger import Ledger
 from privgrad.training.evaluation import DeclaredSplit
 from privgrad.training.loss import supervised
 from privgrad.training.private import Private, Spent, make_private
@@ -32,6 +33,7 @@ __all__ = [
     "FlatClipping",
     "FullBatch",
     "GaussianNoise",
+    "Ledger",
     "Plan",
     "PoissonSampling",
     "Private",

@@ -27,9 +27,9 @@ class Adjacency(StrEnum):
         """The promise in plain words, for the certificate."""
         return {
             Adjacency.ZERO_OUT: "the data with and without the contribution of any one {unit} "
-            "(the number of records is public)",
-            Adjacency.ADD_REMOVE: "the data with and without any one {unit} (the number of records is private too)",
-            Adjacency.REPLACE_ONE: "the data with any one {unit} replaced by any other (the number of records is public)",
+            "(the number of {unit}s is public)",
+            Adjacency.ADD_REMOVE: "the data with and without any one {unit} (the number of {unit}s is private too)",
+            Adjacency.REPLACE_ONE: "the data with any one {unit} replaced by any other (the number of {unit}s is public)",
         }[self]
 
 

@@ -170,7 +170,7 @@ class Trainer:
             if ledger.count % self._every == 0 or ledger.count == self.plan.steps:
                 notes = self._measure()
             elif not notes:
-                notes = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)}"
+                notes = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)} at step {ledger.count}"
             bar.step(ledger.count, notes)
             now = time.monotonic()
             if stop.is_set() or (now - saved) * _CHECKPOINT_SHARE >= cost:
@@ -195,7 +195,7 @@ class Trainer:
             "step": self.private.ledger.count,
             "epsilon": epsilon if epsilon < float("inf") else None,
         }
-        notes = f"epsilon {round_up(epsilon, 2)}"
+        notes = f"epsilon {round_up(epsilon, 2)} at step {self.private.ledger.count}"
         if self.test is not None:
             with nullcontext() if self._average is None else self._average.applied():
                 entry["test_accuracy"] = accuracy(self.model, self.test)
