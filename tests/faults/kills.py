@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from privgrad.cli import run as privgrad
 from privgrad.privacy.ledger import has_begun, read_ledger
 from privgrad.training.run import Run
@@ -44,7 +46,13 @@ def watch_steps(witness: str) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     descriptor = os.open(witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    register_optimizer_step_post_hook(lambda *_: os.write(descriptor, b"."))
+
+    def applied(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # Of the model, whose weight and bias make two; the command line tries the optimizer's arguments on one of its own.
+        if len(optimizer.param_groups[0]["params"]) == 2:
+            os.write(descriptor, b".")
+
+    register_optimizer_step_post_hook(applied)
 
 
 class Forked:

@@ -145,7 +145,7 @@ def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
         result = run_training(config, run.directory, resume=started)
     # Where a part was trained before a stop, the time of the rest stands for the whole.
     seconds = (time.monotonic() - begun) * result.steps / max(1, result.steps - before)
-    cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, round(seconds, 1))
+    cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, round(seconds, 3))
     write_atomically(file, json.dumps(asdict(cell)) + "\n")
     return cell
 
