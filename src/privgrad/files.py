@@ -170,6 +170,13 @@ class AppendFile:
 
     def close(self) -> None:
         """Give the file and its lock back. Nothing is lost if that fails: all of it was flushed."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # in words: a child just forked holds the file too, until it first runs
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close the file in this process only: the lock stays with the process that this one was forked from."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             with contextlib.suppress(OSError):
@@ -190,7 +197,7 @@ _opened: weakref.WeakSet[AppendFile] = weakref.WeakSet()
 def _close_in_child() -> None:
     """A data-loading worker that outlives its killed parent must not keep the run locked, nor write to its ledger."""
     for file in list(_opened):
-        file.close()
+        file.let_go()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

@@ -659,6 +659,22 @@ def test_a_child_of_the_process_neither_holds_the_lock_nor_charges(tmp_path):
     assert read_ledger(path).count == 2
 
 
+def test_closing_frees_the_lock_though_a_child_still_has_the_file_open(tmp_path):
+    """A fork that the system has not yet let run holds the descriptor; a child with the descriptor stands for it here."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(TERMS, path)
+    descriptor = ledger._file._descriptor
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+    try:
+        with pytest.raises(PrivgradError, match="in use"):
+            Ledger.resume(path, TERMS)
+        ledger.close()
+        Ledger.resume(path, TERMS).close()
+    finally:
+        child.kill()
+        child.wait()
+
+
 def test_a_ledger_is_open_once_in_a_process(tmp_path):
     path = tmp_path / "ledger.jsonl"
     first = Ledger(TERMS, path)
