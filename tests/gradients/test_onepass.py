@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import privgrad as pg
+from privgrad.gradients import collector
 from privgrad.gradients.contract import FlatSink, Fold, Identity, Need, Request, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.rules import per_row
@@ -356,7 +357,8 @@ def test_a_step_leaves_no_cycle_that_holds_memory() -> None:
         gc.enable()
 
 
-def test_a_separable_rule_is_called_inside_backward_last_layer_first() -> None:
+def test_a_separable_rule_is_called_inside_backward_last_layer_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "TOGETHER", 0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     rule = covered(None, model, squares, (torch.randn(5, 6),), kind="tensor", separable=True)
     assert [column // 2 for (column,) in rule.calls] == [2, 2, 1, 1, 0, 0]

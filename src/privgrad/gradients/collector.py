@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from privgrad.gradients.contract import Identity, Need, Request
 from privgrad.gradients.memory import Workspace
-from privgrad.gradients.terms import Folding, Rows, Term, combined, wide
+from privgrad.gradients.terms import Folding, Rows, Term, combined, size, wide
 
 _SMALL = 8192
+"""Gradients of so many numbers at most are handled together with the others of their block."""
+
+TOGETHER = 4 * 2**20
+"""Complete blocks wait for one another until they hold so many bytes: the rule costs as much for one as for ten."""
 
 
 @dataclass(eq=False)
@@ -67,6 +71,8 @@ class Collector:
         self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
         self._totals: dict[int, dict[str, Term]] = {column: {} for column in range(len(request.blocks))}
         self._open = dict(enumerate(map(len, request.blocks)))
+        self._ready: list[int] = []
+        self._waiting = 0
         self._native = _native(request, parameters)
 
     def expect(self, weight: Weight) -> None:
@@ -108,7 +114,11 @@ class Collector:
         self._take(weight.name, total)
         self._open[column] -= 1
         if self._open[column] == 0 and self._request.rule.separable:
-            self._settle([column])
+            self._ready.append(column)
+            self._waiting += sum(size(term) for term in self._totals[column].values())
+            if self._waiting >= TOGETHER:
+                self._settle(self._ready)
+                self._ready, self._waiting = [], 0
 
     def _take(self, slot: str, total: Term) -> None:
         column = self._column[slot]

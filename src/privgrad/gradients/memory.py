@@ -12,8 +12,8 @@ from privgrad.gradients.contract import Tree
 _LARGEST_ON_CPU = 256 * 2**20
 """On a CPU larger chunks only add page faults: a quarter of a gigabyte was as fast as anything above it."""
 _SHARE_OF_FREE = 0.25
-_CACHE = 128 * 2**20
-"""What the one-pass engine takes on a CPU: small enough to reuse its pages, large enough to feed the kernels."""
+_CACHE = 184 * 2**20
+"""What the one-pass engine takes on a CPU: small enough to reuse its pages, large enough for the kernels."""
 
 
 def budget(device: torch.device) -> int:

@@ -88,6 +88,11 @@ class Term(Protocol):
         ...
 
 
+def size(term: Term) -> int:
+    """The bytes of a term's tensors."""
+    return sum(value.nbytes for value in vars(term).values() if isinstance(value, Tensor))
+
+
 def wide(tensor: Tensor) -> Tensor:
     """float32, where a tensor has less: norms and sums are never kept in less."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
@@ -103,15 +108,16 @@ def select(tensor: Tensor, dropped: Tensor | None) -> Tensor:
 
 @dataclass
 class Rows:
-    """The gradients themselves, [units, *shape]."""
+    """The gradients themselves, [units, *shape]. known: their squared norms, where they were taken on the way."""
 
     gradient: Tensor
+    known: Tensor | None = None
 
     def dense(self) -> Tensor:
         return self.gradient
 
     def squares(self) -> Tensor:
-        return _squares(self.gradient)
+        return _squares(self.gradient) if self.known is None else self.known
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)

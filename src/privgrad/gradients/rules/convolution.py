@@ -36,30 +36,32 @@ class Convolution:
     geometry: Geometry
 
     def dense(self) -> Tensor:
-        units = len(self.inputs) // self.geometry.images
-        return self._multiplied_out(self.inputs.new_empty(units, *self.geometry.shape))
+        return self._multiplied_out(lambda units, shape, like: like.new_empty(units, *shape)).gradient
 
-    def _multiplied_out(self, units: Tensor) -> Tensor:
+    def _multiplied_out(self, take: Take) -> Rows:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
         A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
         """
         images, shape = len(self.inputs), self.geometry.shape
-        rows = units if self.geometry.images == 1 else self.inputs.new_empty(images, *shape)
+        rows = take(images, shape, self.inputs)
+        squares = []
         some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
         for first in range(0, images, some):
             inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
             count = len(inputs)
-            rows[first : first + some] = _weight_gradient(
+            part = _weight_gradient(
                 inputs.reshape(1, -1, *inputs.shape[2:]),
                 gradient.reshape(1, -1, *gradient.shape[2:]),
                 inputs.new_empty(1).expand(count * shape[0], *shape[1:]),
                 self.geometry,
                 count * self.geometry.groups,
             ).view(count, *shape)
+            rows[first : first + some] = part
+            squares.append(Rows(part).squares())
         if self.geometry.images > 1:
-            torch.sum(rows.view(-1, self.geometry.images, *shape), dim=1, out=units)
-        return units
+            return Rows(rows.view(-1, self.geometry.images, *shape).sum(1))
+        return Rows(rows, torch.cat(squares))
 
     def squares(self) -> Tensor:
         """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
@@ -103,7 +105,7 @@ class Convolution:
         operations = windows.operations(self.inputs, geometry) + positions**2 * self.gradient.shape[1]
         if geometry.groups == 1 and weights > _MANY_WEIGHTS and operations < _SHARE * positions * weights:
             return self
-        return Rows(self._multiplied_out(take(len(self.inputs) // geometry.images, geometry.shape, self.inputs)))
+        return self._multiplied_out(take)
 
     def _positions(self, images: Tensor) -> Tensor:
         """[units, channels, images per unit * positions]."""
