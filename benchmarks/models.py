@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]).expand(tokens.shape))
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]).repeat(len(tokens), 1))
         for first, attention, second, mlp in self.blocks:  # type: ignore[misc]
             x = x + attention(first(x))
             x = x + mlp(second(x))
