@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import privgrad as pg
 from privgrad.audit.gaussian import clopper_pearson_lower, gdp_delta, gdp_epsilon, mu_lower_bound
 from privgrad.audit.step import audit_step, claimed_mu
+from privgrad.mechanism.clipping import ClippingRule
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import PoissonSampling
@@ -68,11 +70,14 @@ def test_audit_finds_a_canary_that_is_not_clipped() -> None:
         def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
             return torch.ones_like(norms)
 
-    broken = dataclasses.replace(plan(1.0), clipping=Unclipped(max_norm=C))
     inside, outside, axis, _ = worst_pair(pg.Adjacency.ZERO_OUT)
     inside = inside.clamp(max=5.0)
-    found = audit_step(broken, inside, outside, axis, 2.5, trials=500)
+    unclipped = dataclasses.replace(plan(1.0), clipping=Unclipped(max_norm=C))
+    with mock.patch.object(ClippingRule, "__call__", lambda rule, norms, blocks: torch.ones_like(norms)):
+        found = audit_step(unclipped, inside, outside, axis, 2.5, trials=500)
     assert not found.holds
+    # Outside this test a clipping stage that does not clip is clipped.
+    assert audit_step(unclipped, inside, outside, axis, 2.5, trials=500).holds
 
 
 def test_audit_of_a_plan_without_noise_is_refused() -> None:

@@ -110,3 +110,13 @@ def test_charged_steps_cost_what_the_plan_says() -> None:
     assert costs[0] == 0.0
     assert costs == sorted(costs)
     assert costs[-1] == one.epsilon(precision=Precision.COARSE)
+
+
+@pytest.mark.parametrize("words", [None, "", 3])
+def test_a_stage_without_words_is_refused_before_it_trains(words: object) -> None:
+    class Silent(pg.FlatClipping):
+        pass
+
+    Silent.words = words  # type: ignore[assignment, method-assign]
+    with pytest.raises(pg.PrivgradError, match="Silent .clipping. does not say what it does"):
+        pg.Plan(sampling=pg.PoissonSampling(rate=0.1, divisor=4.0), steps=1, clipping=Silent())

@@ -14,6 +14,7 @@ POISON = "tests/gradients/test_onepass.py::test_a_non_finite_gradient_contribute
 STREAMED = "tests/gradients/test_streamed.py"
 UNCOVERED = "tests/gradients/test_onepass.py::test_what_is_not_covered_falls_back_and_says_so_once"
 VMAP = "tests/gradients/test_vmap.py"
+CLIPPING = "tests/mechanism/test_clipping.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
 SAMPLING = "tests/mechanism/test_sampling.py"
@@ -112,9 +113,16 @@ MUTANTS = (
     Mutant(
         "no clipping",
         "mechanism/clipping.py",
-        "(thresholds / norms).clamp_(max=1.0)",
-        "torch.ones_like(norms)",
+        "        limits = thresholds / safe\n        weights = self._clipping.weights(safe, thresholds).clamp(-limits, limits)\n",
+        "        weights = torch.ones_like(norms)\n",
         (f"{AUDIT}::test_audit_is_below_the_claim_and_tight",),
+    ),
+    Mutant(
+        "a clipping stage is believed",
+        "mechanism/clipping.py",
+        ".clamp(-limits, limits)",
+        "",
+        (CLIPPING,),
     ),
     Mutant(
         "small gradients are blown up",

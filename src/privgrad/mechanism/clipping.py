@@ -47,8 +47,9 @@ class ClippingRule:
     side: a thresholds stage, its state and the [blocks] sum that its side contributions are added to; or None. watch: keeps what
     the plan discloses of clipping.
 
-    Guarantee: a unit (for separable rules: a unit's block) whose norm is not finite contributes exactly zero, to the gradient
-    and to the side release.
+    Guarantee: what a unit contributes to a block has a norm of at most the block's threshold, whatever the stage answers: larger
+    weights are reduced, weights that are no number are 0. A unit (for separable rules: a unit's block) whose norm is not finite
+    contributes exactly zero, to the gradient and to the side release.
     """
 
     def __init__(
@@ -75,7 +76,10 @@ class ClippingRule:
         if self._side is not None:
             stage, state, sums = self._side
             sums[columns] += torch.where(finite, stage.side(state, safe, columns), zero).sum(0)
-        weights = torch.where(finite, self._clipping.weights(safe, self._thresholds.to(norms)[columns]), zero)
+        thresholds = self._thresholds.to(norms)[columns]
+        limits = thresholds / safe
+        weights = self._clipping.weights(safe, thresholds).clamp(-limits, limits)
+        weights = torch.where(finite & weights.isfinite(), weights, zero)
         if self._watch is not None:
             self._watch.add(norms, weights)
         return weights

@@ -109,6 +109,7 @@ class Plan:
         self.sampling.check(self.adjacency)
         if self.sampling.sampled is not None:
             relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)
+            _ = self.words  # the certificate's: a stage without them is found now, and not after the training
 
     @property
     def divisor(self) -> float:
@@ -186,7 +187,7 @@ class Plan:
         stages = {name: getattr(self, name) for name in KINDS}
         if isinstance(self.protects, Example):
             del stages["protects"]
-        return {name: chosen.words.replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None}
+        return {name: _words(name, chosen).replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None}
 
     def facts(self) -> PlanFacts:
         """What the certificate says of this plan."""
@@ -239,6 +240,18 @@ def _choice(name: str, choices: Any, value: Any) -> Any:
         return choices(value)
     except ValueError:
         raise PrivgradError(f"{name} is {value!r}; {nearest(str(value), [c.value for c in choices])}") from None
+
+
+def _words(slot: str, stage: Any) -> str:
+    try:
+        words = stage.words
+    except (AttributeError, NotImplementedError):
+        words = None
+    if not isinstance(words, str) or not words.strip():
+        raise PrivgradError(
+            f"{type(stage).__name__} ({slot}) does not say what it does; give it a property `words`, a sentence for the certificate"
+        )
+    return words
 
 
 def _stage_to_json(slot: str, value: Any) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def relation(sampler: Sampler, adjacency: Adjacency, accountant: Accountant) -> 
         RefusedError: for a row that is not in the table.
     """
     if (sampler, adjacency) not in _TABLE:
-        raise RefusedError(f"{sampler} sampling under {adjacency} is refused: {_WITHOUT_A_ROW[sampler, adjacency]}")
+        why = _WITHOUT_A_ROW.get((sampler, adjacency), "no accountant is proven for it; use sampling.kind = 'poisson'")
+        raise RefusedError(f"{sampler} sampling under {adjacency} is refused: {why}")
     found, accountants = _TABLE[sampler, adjacency]
     if accountant not in accountants:
         raise RefusedError(
