@@ -118,5 +118,5 @@ def test_a_stage_without_words_is_refused_before_it_trains(words: object) -> Non
         pass
 
     Silent.words = words  # type: ignore[assignment, method-assign]
-    with pytest.raises(pg.PrivgradError, match="Silent .clipping. does not say what it does"):
+    with pytest.raises(pg.PrivgradError, match=r"Silent \(clipping\) does not say what it does"):
         pg.Plan(sampling=pg.PoissonSampling(rate=0.1, divisor=4.0), steps=1, clipping=Silent())

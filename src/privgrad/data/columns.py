@@ -155,7 +155,8 @@ class CsvColumns(Columns):
             with reading(str(self.files.first)):
                 yield
         except PrivgradError as error:
-            raise PrivgradError(re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", str(error))) from error
+            text = re.sub(r"(Expected \d+ columns, got \d+).*", r"\1", str(error))  # the record itself follows
+            raise PrivgradError(re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", text)) from None
 
 
 def open_columns(files: Files) -> Columns:

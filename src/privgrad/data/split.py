@@ -25,7 +25,7 @@ def check_share(adjacency: Adjacency, key: str | None) -> None:
         RefusedError: add_remove by row numbers, which one record less would shift for all after it; replace_one by units, where
             the new unit's key may belong to the other side, so that the size changes.
     """
-    if adjacency is Adjacency.ADD_REMOVE:
+    if adjacency is Adjacency.ADD_REMOVE and key is None:
         raise RefusedError(
             "data.test_share splits by row number, and under add_remove a record less would move the others to the other side; "
             "give a test file (data.test_source), or another privacy.adjacency"

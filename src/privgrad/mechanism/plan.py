@@ -187,7 +187,9 @@ class Plan:
         stages = {name: getattr(self, name) for name in KINDS}
         if isinstance(self.protects, Example):
             del stages["protects"]
-        return {name: _words(name, chosen).replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None}
+        return {
+            name: _words(name, chosen).replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None
+        }
 
     def facts(self) -> PlanFacts:
         """What the certificate says of this plan."""
@@ -249,7 +251,8 @@ def _words(slot: str, stage: Any) -> str:
         words = None
     if not isinstance(words, str) or not words.strip():
         raise PrivgradError(
-            f"{type(stage).__name__} ({slot}) does not say what it does; give it a property `words`, a sentence for the certificate"
+            f"{type(stage).__name__} ({slot}) does not say what it does; give it a property `words`, a sentence for the "
+            "certificate"
         )
     return words
 

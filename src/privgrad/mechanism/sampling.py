@@ -352,6 +352,8 @@ def _check_size(known: int | None, units: int) -> None:
 
 
 def _check_batches(batch_size: int, dataset_size: int | None) -> None:
+    if batch_size == 0:
+        raise PrivgradError("sampling.batch_size is not given; it is how many units each step takes")
     check_count("sampling.batch_size", batch_size)
     if dataset_size is not None:
         check_count("sampling.dataset_size", dataset_size)

@@ -238,7 +238,8 @@ def to_markdown(certificate: Mapping[str, Any]) -> str:
     lines += [
         "## To check it",
         "",
-        "`privgrad verify RUN` recomputes epsilon from the ledger and compares every file of the run with this certificate.",
+        "`privgrad verify RUN` recomputes epsilon from the ledger and compares plan, ledger, model and pages with this "
+        "certificate (not `config.toml` and `metrics.jsonl`, on which the claim does not rest).",
         "",
         "| | |",
         "|---|---|",

@@ -291,6 +291,7 @@ def _check(c: Mapping[str, Any]) -> str:
     body = "".join(f'<tr><th scope="row">{name}</th><td>{content}</td></tr>\n' for name, content in rows)
     return _section(
         "To check it",
-        "<p><code>privgrad verify RUN</code> recomputes epsilon from the ledger and compares every file of the run "
-        f"with this certificate.</p>\n<table>\n<caption>Hashes are SHA-256.</caption>\n<tbody>\n{body}</tbody>\n</table>",
+        "<p><code>privgrad verify RUN</code> recomputes epsilon from the ledger and compares plan, ledger, model and pages "
+        "with this certificate (not <code>config.toml</code> and <code>metrics.jsonl</code>, on which the claim does not rest)."
+        f"</p>\n<table>\n<caption>Hashes are SHA-256.</caption>\n<tbody>\n{body}</tbody>\n</table>",
     )

@@ -4,7 +4,8 @@ A rule is a function rule(scope, *args, **kwargs) with the operator's own argume
 the operator on all rows at once (`scope.on_rows`), lets the output's gradient be caught (`scope.catch`), and returns the
 output; or it returns NotImplemented, and the operator gets one copy of each weight per row.
 
-For an operator of your own, `per_row` makes a rule of a function that gives the row gradients:
+For an operator of your own, `per_row` makes a rule of a function that gives the row gradients. The operator must be one that
+torch lets be overridden: its first lines are has_torch_function and handle_torch_function (docs/engine.md).
 
     def scaled_gradient(output_gradient, inputs, scale):
         return [(output_gradient * inputs).flatten(1).sum(1)]      # one for each weight among the arguments: [rows, *shape]
