@@ -54,6 +54,18 @@ def among(*names: str) -> Callable[[Any], bool]:
 KEYS: dict[str, Callable[[Any], bool]] = {
     "data.source": lambda value: isinstance(value, str),
     "data.test": among("public", "held-out"),
+    "data.cache": lambda value: isinstance(value, str),
+    "data.test_share": lambda value: number(value, 0, 1, open_low=True, open_high=True),
+    "data.test_source": lambda value: isinstance(value, str),
+    "data.images.mode": among("as-is", "gray", "color"),
+    "data.images.mean": lambda value: number(value, -math.inf) or isinstance(value, list),
+    "data.images.std": lambda value: number(value, 0, open_low=True) or isinstance(value, list),
+    "data.images.size": lambda value: isinstance(value, list) and len(value) == 2 and all(count(n) for n in value),
+    "data.features.kind": among("scattering"),
+    "data.features.scale": count,
+    "data.features.groups": lambda value: count(value, 0),
+    "data.npz.inputs": lambda value: isinstance(value, str),
+    "data.table.target": lambda value: isinstance(value, str),
     "model.name": lambda value: isinstance(value, str),
     "model.arguments": lambda value: isinstance(value, dict),
     "model.arguments.hidden": lambda value: isinstance(value, list) and all(count(width) for width in value),
@@ -61,9 +73,12 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "privacy.delta": lambda value: number(value, 0, 1, open_low=True, open_high=True),
     "privacy.adjacency": among("zero_out", "add_remove", "replace_one"),
     "privacy.accountant": among("pld", "rdp"),
+    "privacy.disclose": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "plan.steps": count,
     "plan.epochs": lambda value: number(value, 0, open_low=True),
-    "plan.protects.kind": among("example"),
+    "plan.protects.kind": among("example", "user"),
+    "plan.protects.key": lambda value: isinstance(value, str),
+    "plan.protects.max_records": count,
     "plan.sampling.kind": among("poisson", "truncated_poisson", "fixed_size", "shuffled", "full_batch"),
     "plan.sampling.expected_batch_size": lambda value: number(value, 0, open_low=True),
     "plan.sampling.dataset_size": count,
@@ -138,7 +153,7 @@ VALUES: tuple[Any, ...] = (
     *({"name": "LambdaLR", "lr_lambda": "x"}, {"kind": "ema", "decay": 2}, {"a": {"b": {"c": 1}}}),
     *(datetime.datetime(2020, 1, 1), datetime.date(2020, 1, 1), datetime.time(1, 2)),
 )
-NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[Any, ...]] = {
     "model.name": (
         "mlp",
         "lenet5",
@@ -166,6 +181,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "run.device": ("cpu", "cuda", "cuda:99", "meta", "mps", "cpu:7", "gpu", "xla", "vulkan"),
     "plan.sampling.kind": ("poisson", "truncated_poisson", "fixed_size", "shuffled", "full_batch"),
+    "plan.protects.kind": ("user",),
+    "privacy.disclose": (["training_loss"], ["batch_size", "gradient_norm"], ["nothing"], "training_loss"),
+    "data.test_share": (0.2,),
+    "data.features.kind": ("scattering",),
+    "data.cache": ("auto", "none", "/nowhere/at/all"),
     "privacy.adjacency": ("zero_out", "add_remove", "replace_one"),
 }
 
