@@ -286,8 +286,8 @@ class ShuffledBatches(Stage):
     @property
     def words(self) -> str:
         return (
-            f"shuffled: each epoch goes once through all {{unit}}s, in {self.steps_per_epoch} batches of at most "
-            f"{self.batch_size}; nothing is claimed for the shuffling"
+            f"shuffled: each epoch goes once through all {{unit}}s, in batches of at most {self.batch_size}; nothing is claimed "
+            "for the shuffling"
         )
 
 
