@@ -73,7 +73,14 @@ def _finite(value: float) -> bool:
         return False
 
 
-def check_count(name: str, value: object, *, at_least: int = 1) -> None:
-    """Refuse anything that is not a whole number of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise PrivgradError(f"{name} is {value!r}; expected a whole number of at least {at_least}")
+def check_count(name: str, value: object, *, at_least: int = 1, at_most: int | None = None) -> None:
+    """Refuse anything that is not a whole number of at least `at_least` and at most `at_most`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):  # type: ignore[operator]
+        until = "" if at_most is None else f" and at most {at_most:,}"
+        raise PrivgradError(f"{name} is {_short(value)}; expected a whole number of at least {at_least}{until}")
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    return text if len(text) <= 100 else text[:97] + "..."

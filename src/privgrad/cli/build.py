@@ -20,6 +20,7 @@ from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
 from privgrad.mechanism.stage import Sampling
+from privgrad.privacy.accounting import MOST_STEPS
 from privgrad.privacy.adjacency import Adjacency, User
 from privgrad.training.averaging import ExponentialAverage
 
@@ -73,7 +74,7 @@ def _steps(steps: Any, epochs: Any, sampling: Sampling) -> int:
         return sampling.steps_in(float(epochs))
     if steps is None:
         return DEFAULT_STEPS
-    check_count("plan.steps", steps)
+    check_count("plan.steps", steps, at_most=MOST_STEPS)
     return int(steps)
 
 

@@ -28,7 +28,7 @@ from privgrad.mechanism.sampling import (
 )
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
 from privgrad.privacy import accounting
-from privgrad.privacy.accounting import Precision
+from privgrad.privacy.accounting import MOST_STEPS, Precision
 from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
 from privgrad.privacy.calibration import calibrate
 from privgrad.privacy.certificate import PlanFacts
@@ -94,7 +94,7 @@ class Plan:
     disclose: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps)
+        check_count("steps", self.steps, at_most=MOST_STEPS)
         check_number("delta", self.delta, above=0, below=1)
         object.__setattr__(self, "adjacency", _choice("adjacency", Adjacency, self.adjacency))
         object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))

@@ -17,12 +17,13 @@ from functools import lru_cache
 
 import attr
 import dp_accounting
+import numpy
 from absl import logging as absl_logging
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-from privgrad.errors import check_number
+from privgrad.errors import PrivgradError, check_number
 from privgrad.privacy.events import Accountant
 
 
@@ -33,6 +34,9 @@ class Precision(Enum):
     COARSE = 2e-4
 
 
+MOST_STEPS = 10**9
+_MOST_STEPS_BY_PLD = 10**6
+"""To size its answer dp-accounting raises the points of one loss to the number of steps, digit for digit: minutes beyond this."""
 _COARSEST_GRID = 1e-2
 _POINTS = 1e6
 _LARGEST_MULTIPLIER = 1e9
@@ -160,12 +164,25 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
     None where the answer is beyond `_LARGEST_EPSILON`.
     """
     atoms = list(_atoms(event))
+    if sum(atom.count for atom in atoms) > _MOST_STEPS_BY_PLD:
+        raise PrivgradError(
+            f"more than {_MOST_STEPS_BY_PLD:,} steps are too many for privacy loss distributions; use accountant = 'rdp', or "
+            "fewer, larger steps"
+        )
     guide = _guide(atoms, delta)
     largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
         return None
     grid = max(min(precision.value * guide, _COARSEST_GRID), guide / _POINTS, largest / _POINTS)
-    return PLDAccountant(relation, value_discretization_interval=grid).compose(event)
+    for coarser in (1.0, 10.0, 100.0, 1e3):
+        try:
+            with numpy.errstate(all="ignore"):
+                return PLDAccountant(relation, value_discretization_interval=coarser * grid).compose(event)
+        except (ArithmeticError, IndexError, MemoryError, ValueError):
+            continue  # where all of the loss is next to nothing, dp-accounting trips over its own truncation
+    raise PrivgradError(
+        "dp-accounting cannot compute this epsilon: its numbers are too far apart (steps, sampling rate, noise multiplier, delta)"
+    )
 
 
 def _trivial(event: DpEvent) -> float | None:
