@@ -278,7 +278,7 @@ def test_calibrate_says_multiplier_and_epsilon_in_words() -> None:
 def test_calibrate_refuses_a_budget_out_of_range(epsilon: str) -> None:
     line = refusal("calibrate", "--sampling-rate", "0.1", "--steps", "3", "--epsilon", epsilon)
     assert "epsilon is" in line
-    assert "above 0" in line
+    assert "expected a finite number at least 1e-06 and at most 10000" in line
 
 
 def test_calibrate_refuses_a_configuration_that_gives_the_noise(tmp_path: Path) -> None:

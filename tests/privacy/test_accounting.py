@@ -266,7 +266,7 @@ def test_a_gaussian_without_noise_is_infinite_also_when_it_is_named_directly():
 
 def test_many_steps_that_cost_next_to_nothing_need_no_memory(monkeypatch):
     """z = 1000, q = 1e-6, 1e6 steps: one array of 14 TB (after 11 s; the coarser grid here only makes it fail at once)."""
-    monkeypatch.setattr(accounting, "_POINTS", 1e4, raising=False)
+    monkeypatch.setitem(accounting._POINTS, Precision.FINE, 1e4)
     before = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as stream:
         now = int(stream.read().split()[0]) * resource.getpagesize()

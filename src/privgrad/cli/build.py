@@ -115,7 +115,7 @@ def build_device(config: Config) -> torch.device:
     try:
         device = torch.device(str(name))
         torch.empty(1, device=device)
-    except (RuntimeError, TypeError, ValueError, AssertionError, OverflowError) as error:
+    except (RuntimeError, ImportError, TypeError, ValueError, AssertionError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise PrivgradError(f"run.device is {name!r}, which cannot be used: {reason}") from error
     return device

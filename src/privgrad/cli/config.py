@@ -94,7 +94,10 @@ def _tables(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of tomllib: also numbers without end, and tables in tables in tables
         raise PrivgradError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -196,7 +199,7 @@ def _value(text: str) -> Any:
     """A TOML value; what is none is text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

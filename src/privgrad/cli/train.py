@@ -98,7 +98,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     check_count("training.seed", training["seed"], at_least=0)
     check_number("training.seed", training["seed"], at_most=2**63 - 1)
     check_count("training.evaluations", training["evaluations"])
-    check_count("run.workers", workers, at_least=0)
+    check_count("run.workers", workers, at_least=0, at_most=256)
     check_declared(config["data"]["test"])
     device = build_device(config)
     engine = build_engine(config)

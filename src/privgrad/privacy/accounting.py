@@ -38,7 +38,7 @@ MOST_STEPS = 10**9
 _MOST_STEPS_BY_PLD = 10**6
 """To size its answer dp-accounting raises the points of one loss to the number of steps, digit for digit: minutes beyond this."""
 _COARSEST_GRID = 1e-2
-_POINTS = 1e6
+_POINTS = {Precision.FINE: 1e6, Precision.COARSE: 5e4}
 _LARGEST_MULTIPLIER = 1e9
 _SMALLEST_RATE = 1e-12
 _SMALLEST_MULTIPLIER = 1e-4
@@ -140,9 +140,13 @@ def _without_replacement(event: DpEvent) -> bool:
 
 
 def _rdp(event: DpEvent, delta: float, relation: NeighboringRelation) -> float:
+    """epsilon, or 0 where dp-accounting cannot tell it."""
     orders = _ORDERS_WITHOUT_REPLACEMENT if _without_replacement(event) else None
-    with _quiet():
-        return float(RdpAccountant(orders, neighboring_relation=relation).compose(event).get_epsilon(delta))
+    try:
+        with _quiet(), numpy.errstate(all="ignore"):
+            return float(RdpAccountant(orders, neighboring_relation=relation).compose(event).get_epsilon(delta))
+    except (ArithmeticError, ValueError):  # the logarithm of a divergence that was lost in rounding
+        return 0.0
 
 
 def _guide(atoms: Sequence[_Atom], delta: float) -> float:
@@ -173,7 +177,8 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
     largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
         return None
-    grid = max(min(precision.value * guide, _COARSEST_GRID), guide / _POINTS, largest / _POINTS)
+    points = _POINTS[precision]
+    grid = max(min(precision.value * guide, _COARSEST_GRID), guide / points, largest / points)
     for coarser in (1.0, 10.0, 100.0, 1e3):
         try:
             with numpy.errstate(all="ignore"):

@@ -10,6 +10,8 @@ from privgrad.privacy.accounting import Precision
 
 TOLERANCE = 1e-3
 """The multiplier is at most this much (relative) above the smallest one that keeps the budget."""
+SMALLEST_TARGET, LARGEST_TARGET = 1e-6, 1e4
+"""A smaller budget is below what the accountants resolve; a larger one protects nobody."""
 _LARGEST = 1e7
 
 
@@ -22,9 +24,9 @@ def calibrate(spent: Callable[[float, Precision], float], target: float) -> floa
     Guarantee: spent(result, FINE) <= target, always.
 
     Raises:
-        PrivgradError: a target that is not a positive finite number, or that no noise can reach at this delta.
+        PrivgradError: a target that is no number in [10^-6, 10^4], or that no noise can reach at this delta.
     """
-    check_number("epsilon", target, above=0)
+    check_number("epsilon", target, at_least=SMALLEST_TARGET, at_most=LARGEST_TARGET)
     near = _search(lambda z: spent(z, Precision.COARSE) <= target, start=1.0)
     # The coarse grid overstates. Aim once more, at where it says what the fine grid would say is the target.
     exact = spent(near, Precision.FINE)
