@@ -7,6 +7,7 @@ from dataclasses import dataclass
 AUDIT = "tests/audit/test_step_audit.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
+FAULTS = "tests/faults/test_faults.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
 ONEPASS = "tests/gradients/test_onepass.py"
 OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
@@ -563,6 +564,48 @@ MUTANTS = (
         (LEDGER, FRAME),
     ),
     Mutant(
+        "a flush that failed is believed later",
+        "files.py",
+        "        if not self._flushed:\n",
+        "        if False:\n",
+        (FAULTS,),
+    ),
+    Mutant(
+        "files are replaced before they are on the disk",
+        "files.py",
+        "            _write(descriptor, data)\n            os.fsync(descriptor)\n",
+        "            _write(descriptor, data)\n",
+        (FAULTS,),
+    ),
+    Mutant(
+        "a rename is not flushed",
+        "files.py",
+        "        os.replace(temporary, path)\n        sync_directory(path.parent)\n",
+        "        os.replace(temporary, path)\n",
+        (FAULTS,),
+    ),
+    Mutant(
+        "two processes share a ledger",
+        "files.py",
+        "fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        (LEDGER,),
+    ),
+    Mutant(
+        "a torn line stays",
+        "privacy/ledger.py",
+        "            if record.torn:\n",
+        "            if False:\n",
+        (LEDGER,),
+    ),
+    Mutant(
+        "a resumed run does not ask what its checkpoint has seen",
+        "training/trainer.py",
+        '            self.run.check_tail(saved["ledger"])\n',
+        "",
+        (TRAINER,),
+    ),
+    Mutant(
         "a ledger that failed goes on",
         "privacy/ledger.py",
         "        self._broken = True\n        try:",
@@ -622,7 +665,7 @@ MUTANTS = (
     Mutant(
         "add_remove may shift records between training and test",
         "data/split.py",
-        "if adjacency is Adjacency.ADD_REMOVE:",
+        "if adjacency is Adjacency.ADD_REMOVE and key is None:",
         "if False:",
         (SPLIT,),
     ),
