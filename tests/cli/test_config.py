@@ -76,7 +76,7 @@ def test_every_key_of_the_design_has_a_default() -> None:
         "privacy": {"epsilon", "delta", "adjacency", "accountant", "disclose"},
         "plan": {"steps", "epochs", *KINDS},
         "optimizer": {"name", "lr"},
-        "training": {"seed", "evaluations", "averaging"},
+        "training": {"seed", "views", "evaluations", "averaging"},
         "run": {"device", "memory", "engine", "workers"},
     }
 

@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,9 +335,11 @@ def make(number: int, root: Path) -> Case:
 
 
 def main() -> None:
-    """One line of JSON before each case and one after: a parent sees which case a crash was in."""
+    """FIRST COUNT [FILE]. One line of JSON before each case and one after: a parent sees which case a crash was in."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    first, count = map(int, sys.argv[1:])
+    first, count = map(int, sys.argv[1:3])
+    tally: Counter[str] = Counter()
+    failures = []
     torch.set_num_threads(1)
     for case_number in range(first, first + count):
         print(json.dumps({"start": case_number}), flush=True)
@@ -345,10 +348,14 @@ def main() -> None:
                 said = verdict(make(case_number, Path(folder))).replace(folder, "DIR")
             except BaseException as error:
                 said = "FAILED: " + "".join(traceback.format_exception(error))
-        print(
-            json.dumps({"case": case_number, "kind": MAKERS[case_number % len(MAKERS)].__name__, "said": said}),
-            flush=True,
-        )
+        kind = MAKERS[case_number % len(MAKERS)].__name__
+        print(json.dumps({"case": case_number, "kind": kind, "said": said}), flush=True)
+        tally[f"{kind.removesuffix('_case')}: {said.split(':')[0]}"] += 1
+        failures += [f"case {case_number}: {said}"] if said.startswith("FAILED") else []
+    if len(sys.argv) > 3:
+        command = f"python -m tests.data.fuzz {first} {count} FILE"
+        result = {"command": command, "cases": count, "failures": failures, "outcomes": dict(sorted(tally.items()))}
+        Path(sys.argv[3]).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "optimizer.schedule": lambda value: isinstance(value, dict) and isinstance(value.get("name"), str),
     "training.seed": lambda value: count(value, 0) and value < 2**63,
     "training.evaluations": count,
+    "training.views": count,
+    "data.images.augment": lambda value: isinstance(value, list) and all(name in ("flip", "shift") for name in value),
     "training.averaging": lambda value: value == "none" or (isinstance(value, dict) and value.get("kind") == "ema"),
     "training.averaging.decay": lambda value: number(value, 0, 1, open_high=True),
     "run.device": lambda value: isinstance(value, str),

@@ -14,6 +14,7 @@ OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
 POISON = "tests/gradients/test_onepass.py::test_a_non_finite_gradient_contributes_exactly_zero"
 STREAMED = "tests/gradients/test_streamed.py"
 UNCOVERED = "tests/gradients/test_onepass.py::test_what_is_not_covered_falls_back_and_says_so_once"
+VIEWS = "tests/training/test_views.py"
 VMAP = "tests/gradients/test_vmap.py"
 CLIPPING = "tests/mechanism/test_clipping.py"
 NOISE = "tests/mechanism/test_noise.py"
@@ -604,6 +605,13 @@ MUTANTS = (
         '            self.run.check_tail(saved["ledger"])\n',
         "",
         (TRAINER,),
+    ),
+    Mutant(
+        "a record's views count one by one",
+        "training/units.py",
+        "return Drawn(rows, Fold(index, fold.units, (scale / views).repeat_interleave(views)))",
+        "return Drawn(rows, Fold(torch.arange(len(rows)), len(rows)))",
+        (VIEWS,),
     ),
     Mutant(
         "a ledger that failed goes on",

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
             "mode": "as-is",
             "mean": 0.5,
             "std": 0.5,
+            "augment": [],
         },
         "npz": {"inputs": "x", "labels": "y", "classes": None},
         "table": None,
@@ -50,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "statistics": None,
     },
     "optimizer": {"name": "sgd", "lr": 1.2},
-    "training": {"seed": 0, "evaluations": 10, "averaging": {"kind": "ema", "decay": 0.95}},
+    "training": {"seed": 0, "views": 1, "evaluations": 10, "averaging": {"kind": "ema", "decay": 0.95}},
     "run": {"device": "auto", "memory": "auto", "engine": "auto", "workers": 0},
 }
 DEFAULT_EPSILON = 3.0

@@ -97,6 +97,12 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     training, workers = config["training"], config["run"]["workers"]
     check_count("training.seed", training["seed"], at_least=0)
     check_number("training.seed", training["seed"], at_most=2**63 - 1)
+    check_count("training.views", training["views"], at_most=256)
+    if training["views"] > 1 and not config["data"]["images"]["augment"]:
+        raise PrivgradError(
+            f"training.views is {training['views']}, and all views of a record would be the same; give data.images.augment, such "
+            "as ['flip', 'shift'], or leave training.views out"
+        )
     check_count("training.evaluations", training["evaluations"])
     check_count("run.workers", workers, at_least=0, at_most=256)
     check_declared(config["data"]["test"])
@@ -127,6 +133,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
             test=split,
             schedule=schedule,
             workers=workers,
+            views=training["views"],
             engine=engine,
             averaging=build_averaging(config),
             evaluations=training["evaluations"],

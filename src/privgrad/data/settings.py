@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from privgrad.data.augmentation import AUGMENTATIONS
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 
 Classes = int | tuple[str, ...]
@@ -29,6 +30,7 @@ class ImageSettings:
 
     size: (height, width) to resize to; None refuses mixed sizes. mode: "as-is" (8-bit gray or RGB), or convert to "gray" or
     "color". mean, std: of pixels / 255, for all channels or for each.
+    augment: random changes of the training images, by name.
     """
 
     column: str | None = None
@@ -38,8 +40,11 @@ class ImageSettings:
     mode: str = "as-is"
     mean: Scalar = 0.5
     std: Scalar = 0.5
+    augment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.augment if isinstance(self.augment, tuple) else (self.augment,):
+            _one_of("data.images.augment", name, tuple(AUGMENTATIONS))
         if self.size is not None:
             if not isinstance(self.size, tuple) or len(self.size) != 2:
                 raise PrivgradError(f"data.images.size is {self.size!r}; expected [height, width] in pixels")

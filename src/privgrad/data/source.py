@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,12 @@ def load(settings: DataSettings | str, adjacency: Adjacency = Adjacency.ZERO_OUT
     path = locate("data.source", settings.source, embedded=SOURCES)
     cache = Cache(settings.cache)
     train, test = _open(path, settings, adjacency, key, cache)
-    sets = [_records(part, settings) for part in (train, test)]
+    augment = settings.images.augment
+    if augment and settings.features is not None:
+        raise PrivgradError(
+            "data.images.augment changes images anew in every step, and data.features are computed once; leave one of them out"
+        )
+    sets = [_records(train, settings, augment), _records(test, settings)]
     (shape, kind), (test_shape, test_kind) = ((tuple(s.inputs.shape[1:]), s.inputs.dtype) for s in sets)
     if (shape, kind) != (test_shape, test_kind):
         raise PrivgradError(
@@ -204,13 +209,13 @@ def _stated(files: Files, settings: DataSettings) -> Classes | None:
     return settings.npz.classes if files.kind == ".npz" else settings.images.classes
 
 
-def _records(part: Part, settings: DataSettings) -> Records:
+def _records(part: Part, settings: DataSettings, augment: Sequence[str] = ()) -> Records:
     inputs = part.inputs()
     if len(inputs) != len(part):
         raise PrivgradError(
             f"{part.where} has {len(inputs)} inputs and {len(part)} labels; it changed while it was read"
         )
-    return Records(inputs, part.labels, settings.images.mean, settings.images.std)
+    return Records(inputs, part.labels, settings.images.mean, settings.images.std, augment)
 
 
 def _check_embedded(settings: DataSettings, key: str | None) -> None:

@@ -26,7 +26,7 @@ from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import Drawn, SampledBatch, first_row, sampled_batches
-from privgrad.training.units import Keys, Units, units_of
+from privgrad.training.units import Keys, Units, Views, units_of
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ def make_private(
     public: Any = None,
     collate_fn: Callable[[list[Any]], Tree] | None = None,
     workers: int = 0,
+    views: int = 1,
     engine: Engine | None = None,
     ledger: Ledger | Callable[[], Ledger] | None = None,
     reduce: Reduce | None = None,
@@ -193,7 +194,8 @@ def make_private(
 
     loss_fn: loss_fn(model, batch) -> losses [rows]; `supervised(F.cross_entropy)` for (input, target) pairs.
     keys: whose record each row is, where the plan protects users. public: data that is not private, for stages that use some.
-    collate_fn, workers: as for torch's DataLoader.
+    collate_fn, workers: as for torch's DataLoader. views: how often each sampled row is read, where the data set augments it; the
+    mean of its views' gradients is clipped.
     engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory; a function is called, to
     open one, once everything is accepted. reduce: sums a buffer over data-parallel workers.
     probe: a small batch that is not private, as collate_fn gives them, on which model and loss are searched for coupling; None
@@ -205,7 +207,7 @@ def make_private(
         RefusedError: a model or a loss that couples examples, with the ways out; it may also come from the first step in other
             train and eval modes. (Where groups are clipped, examples of a group may couple.)
     """
-    units = units_of(dataset, plan.protects, keys)
+    units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
     _check_optimizer(model, optimizer)
     if plan.noise.insecure_seed == SECRET:

@@ -81,6 +81,7 @@ class Trainer:
         public: Any = None,
         collate_fn: Callable[[list[Any]], Tree] | None = None,
         workers: int = 0,
+        views: int = 1,
         engine: Engine | None = None,
         averaging: ExponentialAverage | None = None,
         evaluations: int = 10,
@@ -114,6 +115,7 @@ class Trainer:
                 public=public,
                 collate_fn=collate_fn,
                 workers=workers,
+                views=views,
                 engine=engine,
                 ledger=lambda: self._open_ledger(resume),  # after all checks: a run that is refused writes nothing
                 probe=probe,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, check_count
 from privgrad.gradients.contract import Fold
 from privgrad.mechanism.randomness import Source
 from privgrad.privacy.adjacency import Protects, User
@@ -72,6 +72,30 @@ class UserUnits:
         end, count = int(self._ends[user]), int(self._counts[user])
         rows = self._rows[end - count : end]
         return rows if count <= self.max_records else rows[source.permutation(count)[: self.max_records]].sort().values
+
+
+class Views:
+    """The same units, each row of which is read several times: a data set that augments gives another view each time.
+
+    Guarantee: that of the units. A row's vector is the mean over its views, taken before clipping (arXiv:2204.13650, section 3).
+    """
+
+    def __init__(self, units: Units, views: int) -> None:
+        check_count("views", views)
+        self._units, self._views = units, views
+
+    @property
+    def count(self) -> int:
+        return self._units.count
+
+    def rows(self, drawn: Tensor, source: Source) -> Drawn:
+        found = self._units.rows(drawn, source)
+        fold, views = found.fold, self._views
+        if views == 1:
+            return found
+        index, rows = fold.index.repeat_interleave(views), found.rows.repeat_interleave(views)
+        scale = torch.ones(len(fold.index)) if fold.scale is None else fold.scale
+        return Drawn(rows, Fold(index, fold.units, (scale / views).repeat_interleave(views)))
 
 
 def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Units:
