@@ -40,7 +40,7 @@ class PerTensor(Stage):
     separable: ClassVar[bool] = True
     words: ClassVar[str] = "each tensor is clipped by itself"
 
-    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         return [Block(slot, (slot,), 1.0) for slot in slots]
 
     def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:

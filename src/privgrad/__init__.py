@@ -7,6 +7,8 @@ from privgrad import nn
 from privgrad.api import dp_sgd
 from privgrad.errors import PrivgradError, RefusedError, VerificationError
 from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.groups import RandomGroups
+from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import (
@@ -16,6 +18,7 @@ from privgrad.mechanism.sampling import (
     ShuffledBatches,
     TruncatedPoissonSampling,
 )
+from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy.adjacency import Adjacency, Example, User
 from privgrad.privacy.events import Accountant
 from privgrad.privacy.ledger import Ledger
@@ -27,17 +30,23 @@ from privgrad.training.trainer import Result, Trainer
 __all__ = [
     "Accountant",
     "Adjacency",
+    "AutomaticClipping",
     "DeclaredSplit",
     "Example",
     "FixedSizeSampling",
     "FlatClipping",
     "FullBatch",
     "GaussianNoise",
+    "LayerwiseClipping",
     "Ledger",
     "Plan",
     "PoissonSampling",
     "Private",
+    "PrivateThresholds",
     "PrivgradError",
+    "PublicThresholds",
+    "QuantileThresholds",
+    "RandomGroups",
     "RefusedError",
     "Result",
     "ShuffledBatches",

@@ -114,3 +114,34 @@ def test_what_has_no_features_is_refused(records: Records, settings: FeatureSett
 def test_settings_that_mean_nothing_are_refused(given: dict[str, object], says: str) -> None:
     with pytest.raises(PrivgradError, match=says):
         read_settings({"source": "x", "features": given})
+
+
+def test_mirrored_features_are_those_of_the_mirror_image(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.zeros(3, dtype=torch.int64)
+    settings = FeatureSettings(groups=9, mirror=True)
+    found = with_features(Records(pixels, labels), settings, None, "x").inputs
+    mirrored = with_features(Records(pixels.flip(-1), labels), settings, None, "x").inputs
+    torch.testing.assert_close(found, mirrored)
+    one = with_features(Records(pixels, labels), FeatureSettings(groups=9), None, "x").inputs
+    assert not torch.allclose(found, one)
+
+
+def test_gray_in_color_has_no_color_difference() -> None:
+    gray = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8).expand(2, 3, 16, 16)
+    records = Records(gray, torch.zeros(2, dtype=torch.int64))
+    found = with_features(records, FeatureSettings(groups=0, color="ycbcr"), None, "x").inputs
+    brightness = with_features(records, FeatureSettings(groups=0), None, "x").inputs[:, :81]
+    torch.testing.assert_close(found[:, :81], brightness, atol=1e-3, rtol=1e-3)
+    assert found[:, 81:].abs().max() < 1e-3
+
+
+def test_color_of_gray_images_and_other_colors_are_refused() -> None:
+    records = Records(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(PrivgradError, match="are gray"):
+        with_features(records, FeatureSettings(color="ycbcr"), None, "x")
+    with pytest.raises(PrivgradError, match="data.features.color is 'hsv'"):
+        FeatureSettings(color="hsv")
+    with pytest.raises(PrivgradError, match="expected true or false"):
+        FeatureSettings(mirror=1)  # type: ignore[arg-type]

@@ -234,8 +234,8 @@ def test_nothing_is_released_where_less_noise_was_added_than_charged(weaken: Cal
 def test_blocks_must_cover_every_slot_once() -> None:
     @dataclasses.dataclass(frozen=True)
     class Partial(BySlot):
-        def blocks(self, slots: object) -> list[object]:
-            return super().blocks({"0.weight": torch.Size([4, 3])})  # type: ignore[return-value]
+        def partition(self, slots: object) -> list[object]:
+            return super().partition({"0.weight": torch.Size([4, 3])})  # type: ignore[return-value]
 
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
     plan = full_batch_plan(2, clipping=Partial(max_norms=(1.0,)))

@@ -74,7 +74,7 @@ class BySlot(Stage):
     max_norms: tuple[float, ...] = (1.0, 1.0)
     separable: ClassVar[bool] = True
 
-    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         return [Block(slot, (slot,), norm) for slot, norm in zip(slots, self.max_norms, strict=True)]
 
     def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class NormStatistics(Stage):
     def side_bound(self, thresholds: Tensor) -> Bound | None:
         return Bound.box(*[self.limit] * len(thresholds))
 
-    def side(self, state: State, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+    def side(self, state: State, norms: Tensor, thresholds: Tensor) -> Tensor:
         return norms.clamp(max=self.limit)
 
     def update(self, state: State, release: Release) -> State:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy
@@ -20,16 +21,19 @@ from privgrad.data.settings import FeatureSettings
 from privgrad.errors import PrivgradError
 from privgrad.nn.scattering import Scattering
 
-_FORMAT = 1
+_FORMAT = 2
 """Of what is computed: features of another format are made again."""
 _CHUNK = 64
+_YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+"""Of ITU-R BT.601, as in JPEG, without the offsets."""
 
 
 def with_features(records: Records, settings: FeatureSettings, directory: Path | None, where: str) -> Records:
     """The same records with the scattering features of their images as inputs: float16 [n, channels, height, width].
 
-    Each image is transformed by itself: pixels / 255, scattering, and (groups > 0) each group of channels less its own mean over
-    its own standard deviation. directory: where the features are kept (as private as the images), or None.
+    Each image is transformed by itself: pixels / 255, another color space where one is asked for, scattering, and (groups > 0)
+    each group of channels less its own mean over its own standard deviation; `mirror`: the mean with those of the mirror image.
+    directory: where the features are kept (as private as the images), or None.
 
     Raises:
         PrivgradError: records that are no images, or images that do not fit the transform.
@@ -40,6 +44,10 @@ def with_features(records: Records, settings: FeatureSettings, directory: Path |
             f"{where} holds no images, and data.features are features of images; leave [data.features] out"
         )
     transform = Scattering(int(pixels.shape[2]), int(pixels.shape[3]), settings.scale)
+    if settings.color != "as-is" and pixels.shape[1] != 3:
+        raise PrivgradError(
+            f"data.features.color is {settings.color!r}, and the images of {where} are gray; leave it out"
+        )
     channels = int(pixels.shape[1]) * transform.channels
     if settings.groups and channels % settings.groups:
         raise PrivgradError(
@@ -48,7 +56,7 @@ def with_features(records: Records, settings: FeatureSettings, directory: Path |
         )
     if directory is None:
         return Records(_computed(pixels, transform, settings, None, where), records.labels)
-    name = hashlib.sha256(json.dumps([_FORMAT, settings.scale, settings.groups, list(pixels.shape)]).encode())
+    name = hashlib.sha256(json.dumps([_FORMAT, asdict(settings), list(pixels.shape)]).encode())
     name.update(pixels.contiguous().numpy().data)
     path = directory / f"{name.hexdigest()[:32]}.features.npy"
     kept = _kept(path, len(pixels), channels)
@@ -108,5 +116,10 @@ def _fill(out: Tensor, pixels: Tensor, transform: Scattering, settings: FeatureS
 
 def _features(pixels: Tensor, transform: Scattering, settings: FeatureSettings) -> Tensor:
     with torch.no_grad():
-        features: Tensor = transform(pixels.to(torch.float32) / 255)
-        return functional.group_norm(features, settings.groups) if settings.groups else features
+        images = pixels.to(torch.float32) / 255
+        if settings.color == "ycbcr":
+            images = torch.einsum("ij,njhw->nihw", _YCBCR, images)
+        found = [transform(images), transform(images.flip(-1))] if settings.mirror else [transform(images)]
+        if settings.groups:
+            found = [functional.group_norm(features, settings.groups) for features in found]
+        return torch.stack(found).mean(0)

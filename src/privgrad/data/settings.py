@@ -22,6 +22,7 @@ _LARGEST_SIDE = 8192
 """Of an image that is resized: within Pillow's limit on pixels."""
 MODES = ("as-is", "gray", "color")
 MISSING = ("refuse", "zero")
+COLORS = ("as-is", "ycbcr")
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,20 @@ class TableSettings:
 @dataclass(frozen=True)
 class FeatureSettings:
     """[data.features]. kind: "scattering". scale: J, of the largest wavelets, 2^J pixels. groups: each image's features are
-    normalised in so many groups of channels, by that image's own statistics; 0 leaves them as they are."""
+    normalised in so many groups of channels, by that image's own statistics; 0 leaves them as they are. color: "as-is", or
+    "ycbcr" (brightness and two color differences, which are less alike than red, green and blue). mirror: the mean of the
+    features of the image and of its mirror image."""
 
     kind: str = "scattering"
     scale: int = 2
     groups: int = 27
+    color: str = "as-is"
+    mirror: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("data.features.color", self.color, COLORS)
+        if not isinstance(self.mirror, bool):
+            raise PrivgradError(f"data.features.mirror is {self.mirror!r}; expected true or false")
         _one_of("data.features.kind", self.kind, ("scattering",))
         check_count("data.features.scale", self.scale)
         check_number("data.features.scale", self.scale, at_most=6)
@@ -152,7 +160,9 @@ class FeatureSettings:
     def words(self) -> str:
         """What is done, for the certificate."""
         normalised = f", normalised in {self.groups} groups by the image's own statistics" if self.groups else ""
-        return f"scattering features (J = {self.scale}) of each image by itself{normalised}"
+        color = " in YCbCr" if self.color == "ycbcr" else ""
+        mirrored = ", the mean with its mirror image's" if self.mirror else ""
+        return f"scattering features (J = {self.scale}){color} of each image by itself{normalised}{mirrored}"
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 class StreamedEngine:
     """A unit's vector is the gradient of the scaled sum (`mean`: of the mean) of its rows' losses, its rows taken together.
 
-    mean: divide by the number of the unit's rows.
+    mean: divide by the number of the unit's rows. local_steps: k > 0 makes it the weight change of k steps of SGD with rate
+    `local_rate` on the unit's rows instead. A unit of one row that BatchNorm refuses (one value per channel) goes through twice.
 
     Guarantee: what a unit's vector is depends on its own rows, the weights and fresh randomness only: buffers are as they were
     for every unit, and after the last. A unit without rows contributes nothing; the rule is called once for each other one.
     """
 
-    def __init__(self, *, mean: bool = False) -> None:
+    def __init__(self, *, mean: bool = False, local_steps: int = 0, local_rate: float = 0.0) -> None:
         self.mean = mean
+        self.local_steps = local_steps
+        self.local_rate = local_rate
 
     def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
         """See `contract.Engine.accumulate`. `request.fold.index` may be in any order."""
@@ -37,10 +40,30 @@ class StreamedEngine:
         dtype = accumulation_dtype(model)
         for unit in torch.unique(request.fold.index).tolist():
             rows = (request.fold.index == unit).nonzero().flatten()
-            gradients = self._gradients(module, parameters, request, rows)
+            if len(rows) == 1 and self.mean and _has_batch_norm(model):
+                rows = rows.repeat(2)
+            gradients = self._vector(module, parameters, request, rows)
             vectors = request.encoding.encode({name: value[None].to(dtype) for name, value in gradients.items()})
             one = Request(None, Fold.identity(1), request.encoding, request.blocks, request.rule, request.sink)
             add_weighted(one, vectors)
+
+    def _vector(
+        self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request, rows: Tensor
+    ) -> dict[str, Tensor]:
+        if not self.local_steps:
+            return self._gradients(module, parameters, request, rows)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            for _ in range(self.local_steps):
+                gradients = self._gradients(module, parameters, request, rows)
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.sub_(gradients[name], alpha=self.local_rate)
+            return {name: before[name] - parameter.detach() for name, parameter in parameters.items()}
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(before[name])
 
     def _gradients(
         self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request, rows: Tensor
@@ -69,3 +92,7 @@ class StreamedEngine:
             reason = str(error).strip().splitlines()[0]
             raise PrivgradError(f"the model's gradient cannot be taken by torch.autograd.grad: {reason}") from error
         return dict(zip(parameters, gradients, strict=True))
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())

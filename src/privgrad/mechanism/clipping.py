@@ -29,7 +29,7 @@ class FlatClipping(Stage):
     def __post_init__(self) -> None:
         check_number("clipping.max_norm", self.max_norm, above=0)
 
-    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         return (Block("gradient", tuple(slots), self.max_norm),)
 
     def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
@@ -73,13 +73,27 @@ class ClippingRule:
             finite = finite.all(dim=1, keepdim=True).expand_as(norms)
         zero = torch.zeros_like(norms)
         safe = torch.where(finite, norms, zero)
+        thresholds = self._thresholds.to(norms)[columns]
         if self._side is not None:
             stage, state, sums = self._side
-            sums[columns] += torch.where(finite, stage.side(state, safe, columns), zero).sum(0)
-        thresholds = self._thresholds.to(norms)[columns]
+            sums[columns] += torch.where(finite, stage.side(state, safe, thresholds), zero).sum(0)
         limits = thresholds / safe
         weights = self._clipping.weights(safe, thresholds).clamp(-limits, limits)
         weights = torch.where(finite & weights.isfinite(), weights, zero)
         if self._watch is not None:
             self._watch.add(norms, weights)
         return weights
+
+
+class NormsOnly:
+    """A rule that keeps the norms of all units and lets nothing into the sum: for public rows."""
+
+    separable = False
+
+    def __init__(self) -> None:
+        self.norms: list[Tensor] = []
+
+    def __call__(self, norms: Tensor, blocks: Sequence[int]) -> Tensor:
+        """See `gradients.contract.Rule`."""
+        self.norms.append(norms.detach().clone())
+        return torch.zeros_like(norms)

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.stage import Stage
 from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum
 from privgrad.privacy.ledger import Receipt
+
+
+def _uniform(distances: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    return [math.hypot(*distances)] * len(distances)
+
+
+def _per_layer(distances: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    return [math.sqrt(len(distances)) * distance for distance in distances]
+
+
+def _dimension(distances: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    together = sum(distance * math.sqrt(size) for distance, size in zip(distances, sizes, strict=True))
+    return [math.sqrt(distance / math.sqrt(size) * together) for distance, size in zip(distances, sizes, strict=True)]
+
+
+ALLOCATIONS: Mapping[str, Callable[[Sequence[float], Sequence[int]], list[float]]] = {
+    "uniform": _uniform,
+    "per_layer": _per_layer,
+    "dimension": _dimension,
+}
+"""The parts' standard deviations at z = 1, from how far a record moves each (R_l) and how many coordinates it has (d_l)."""
 
 SECRET: Literal["secret"] = "secret"
 """What a stored plan holds in place of a seed."""
@@ -23,23 +45,30 @@ class GaussianNoise(Stage):
     """N(0, s^2) on every coordinate of everything that a step releases.
 
     multiplier: the JOINT z = s / R of the step; None until the plan is calibrated; 0 is no privacy at all.
+    allocation: how the gradient's noise is spread over its parts (blocks), given z. "uniform": the same s everywhere,
+    s = z sqrt(sum R_j^2). "per_layer": s_l = z sqrt(L) R_l (the choice of arXiv:2307.11939). "dimension": s_l^2 = z^2 (R_l /
+    sqrt(d_l)) sum_j R_j sqrt(d_j), the least noise in all, d_l coordinates in part l (arXiv:2212.01539). Equal for one part.
     side_share: the share of 1/z^2 that charged side releases get, split evenly among them; the gradient gets the rest.
     insecure_seed: reproducible noise and sampling; the guarantee then holds only while the seed stays secret, so that plans
     are stored with the word "secret" in its place. Such a plan can be accounted for and not run.
 
-    Guarantee: 1/z^2 = sum over parts of (R_p / s_p)^2, one Gaussian mechanism per step. Within the gradient all parts have the
-    same s = z_grad sqrt(sum R_p^2).
+    Guarantee: 1/z^2 = sum over parts of (R_p / s_p)^2, one Gaussian mechanism per step, whatever the allocation.
     """
 
     kind: ClassVar[str] = "gaussian"
 
     multiplier: float | None = None
+    allocation: str = "uniform"
     side_share: float = 0.05
     insecure_seed: int | Literal["secret"] | None = None
 
     def __post_init__(self) -> None:
         if self.multiplier is not None:
             check_number("noise.multiplier", self.multiplier, at_least=0)
+        if self.allocation not in ALLOCATIONS:
+            raise PrivgradError(
+                f"noise.allocation is {self.allocation!r}; {nearest(str(self.allocation), ALLOCATIONS)}"
+            )
         check_number("noise.side_share", self.side_share, above=0, below=1)
         if self.insecure_seed not in (None, SECRET):
             check_count("noise.insecure_seed", self.insecure_seed, at_least=0)
@@ -50,10 +79,11 @@ class GaussianNoise(Stage):
             raise PrivgradError("noise.multiplier is not set; give it, or calibrate the plan to an epsilon")
         distances = {part.name: sums.distance(part) for part in sums.parts}
         side = [part.name for part in sums.parts if part.consumer is not Consumer.UPDATE]
-        gradient = [part.name for part in sums.parts if part.consumer is Consumer.UPDATE]
+        gradient = [part for part in sums.parts if part.consumer is Consumer.UPDATE]
         gradient_multiplier = self.multiplier / math.sqrt(1 - self.side_share) if side else self.multiplier
-        together = math.sqrt(sum(distances[name] ** 2 for name in gradient))
-        scales = dict.fromkeys(gradient, gradient_multiplier * together)
+        sizes = [sum(sums.values[slot].numel() for slot in part.slots) for part in gradient]
+        shares = ALLOCATIONS[self.allocation]([distances[part.name] for part in gradient], sizes)
+        scales = {part.name: gradient_multiplier * share for part, share in zip(gradient, shares, strict=True)}
         for name in side:
             scales[name] = self.multiplier * math.sqrt(len(side) / self.side_share) * distances[name]
         return scales

@@ -18,6 +18,8 @@ from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
+from privgrad.mechanism.groups import RandomGroups
+from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.noise import SECRET, GaussianNoise
 from privgrad.mechanism.sampling import (
     FixedSizeSampling,
@@ -27,6 +29,7 @@ from privgrad.mechanism.sampling import (
     TruncatedPoissonSampling,
 )
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
+from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import MOST_STEPS, Precision
 from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
@@ -41,10 +44,10 @@ KINDS: dict[str, dict[str, type[Any]]] = {
         stage.kind: stage
         for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
     },
-    "groups": {},
+    "groups": {"random": RandomGroups},
     "compression": {},
-    "clipping": {"flat": FlatClipping},
-    "thresholds": {},
+    "clipping": {stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping)},
+    "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
     "noise": {"gaussian": GaussianNoise},
     "mixing": {},
     "statistics": {},
@@ -106,6 +109,12 @@ class Plan:
                 raise PrivgradError(f"{name} is {value!r}; expected a {protocol.__name__} stage")
         if not isinstance(self.protects, Protects):
             raise PrivgradError(f"protects is {self.protects!r}; expected Example() or User(key)")
+        size = self.sampling.normaliser
+        if self.groups is not None and size is not None and self.groups.count > size:
+            raise PrivgradError(
+                f"groups.count is {self.groups.count}, and a batch has {size:g} units on average; most groups would be "
+                "empty: take at most as many groups, or clip each unit (no groups)"
+            )
         self.sampling.check(self.adjacency)
         if self.sampling.sampled is not None:
             relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)

@@ -7,14 +7,14 @@ state`, where a state is a flat dictionary of tensors that one generic checkpoin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn
+from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn, Tree
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.states import ClippedSum, NoisedSum, Release
 from privgrad.privacy.adjacency import Adjacency
@@ -30,7 +30,8 @@ class PublicView:
     """Everything that a stage may look at between two steps. No private data is reachable from it.
 
     model: at the released weights. loss_fn: as given by the user. public: the public data set, or None.
-    step: steps charged so far. generator: public randomness, the same for everyone who knows the plan.
+    step: steps charged so far. generator: public randomness, the same for everyone who knows the plan. norms: of PUBLIC rows (a
+    tree of tensors): [units, blocks], of the plan's kind of units, encoding and blocks.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class PublicView:
     public: Any
     step: int
     generator: torch.Generator
+    norms: Callable[[Tree], Tensor]
 
 
 class Stage:
@@ -144,7 +146,7 @@ class Clipping(Protocol):
         """True: each block is decided by its own norms alone."""
         ...
 
-    def blocks(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         """The blocks; together every slot once."""
         ...
 
@@ -165,8 +167,8 @@ class Thresholds(Protocol):
         """The set in which one unit's [blocks] side contribution lies; None: there is no side release."""
         ...
 
-    def side(self, state: State, norms: Tensor, blocks: Sequence[int]) -> Tensor:
-        """[units, len(blocks)]: what each unit contributes to the side release, from norms of the same shape."""
+    def side(self, state: State, norms: Tensor, thresholds: Tensor) -> Tensor:
+        """[units, columns]: what each unit contributes to the side release. norms: of the same shape; thresholds: [columns]."""
         ...
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import (
@@ -26,7 +27,7 @@ from privgrad.gradients.contract import (
     accumulation_dtype,
     trainable,
 )
-from privgrad.mechanism.clipping import ClippingRule
+from privgrad.mechanism.clipping import ClippingRule, NormsOnly
 from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
@@ -117,13 +118,9 @@ class StepRunner:
         grouped = plan.groups is not None
         if plan.groups is not None:
             fold = plan.groups.assign(fold, self._grouping.at(step))
-        encoding: Encoding = (
-            Identity(self._shapes)
-            if plan.compression is None
-            else plan.compression.encoding(self.states["compression"], self._shapes)
-        )
+        encoding = self._encode()
         slots = dict(encoding.slots())
-        blocks = plan.clipping.blocks(slots)
+        blocks = plan.clipping.partition(slots)
         _check_partition(blocks, slots)
 
         thresholds = torch.tensor([block.max_norm for block in blocks], dtype=torch.float64)
@@ -157,10 +154,36 @@ class StepRunner:
         step = self.ledger.count
         mixed = hashlib.sha256(f"{self._event!r}:{self.plan.steps}:{step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
-        view = PublicView(self.model, self.loss_fn, self.public, step, generator)
-        self.states = {name: stage.refresh(self.states[name], view) for name, stage in self._stages.items()}
+        view = PublicView(
+            self.model, self.loss_fn, self.public, step, generator, lambda rows: self._public_norms(rows, generator)
+        )
+        for name, stage in self._stages.items():
+            self.states = {**self.states, name: stage.refresh(self.states[name], view)}
         if self.plan.statistics is not None:
             self.plan.statistics.install(self.model, self.states["statistics"])
+
+    def _encode(self) -> Encoding:
+        if self.plan.compression is None:
+            return Identity(self._shapes)
+        return self.plan.compression.encoding(self.states["compression"], self._shapes)
+
+    def _public_norms(self, rows: Tree, generator: torch.Generator) -> Tensor:
+        """[units, blocks] of public rows. Groups are of the expected size of the private ones, by public randomness."""
+        device = next(iter(self._parameters.values())).device
+        rows = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, rows)
+        count = len(next(leaf for leaf in pytree.tree_leaves(rows) if isinstance(leaf, Tensor)))
+        fold = Fold.identity(count)
+        if self.plan.groups is not None:
+            of_private = self.plan.sampling.normaliser or count
+            groups = max(1, round(count * self.plan.groups.count / of_private))
+            fold = Fold(torch.randint(groups, (count,), generator=generator), groups)
+        encoding = self._encode()
+        slots = dict(encoding.slots())
+        blocks = [block.slots for block in self.plan.clipping.partition(slots)]
+        found = NormsOnly()
+        sink = FlatSink(slots, device, accumulation_dtype(self.model))
+        self.engine.accumulate(self.model, self.loss_fn, Request(rows, fold, encoding, blocks, found, sink))
+        return torch.cat(found.norms)
 
     def _check(self, noised: NoisedSum) -> None:
         """What was added must be what was charged."""

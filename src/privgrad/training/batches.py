@@ -93,6 +93,13 @@ class _Rows(Dataset[Any]):
         return (self.collate_fn or default_collate)(rows)
 
 
+def collated(
+    dataset: Dataset[Any], rows: NDArray[numpy.int64], collate_fn: Callable[[list[Any]], Tree] | None = None
+) -> Tree:
+    """The batch of these rows (None for none)."""
+    return _Rows(dataset, collate_fn)[rows]
+
+
 def size_of(dataset: Dataset[Any]) -> int:
     """The number of rows.
 

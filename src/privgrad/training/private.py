@@ -26,6 +26,7 @@ from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import Drawn, SampledBatch, first_row, sampled_batches
+from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
 
 
@@ -193,7 +194,8 @@ def make_private(
     """Train `model` privately in your own loop. The model is neither wrapped nor renamed.
 
     loss_fn: loss_fn(model, batch) -> losses [rows]; `supervised(F.cross_entropy)` for (input, target) pairs.
-    keys: whose record each row is, where the plan protects users. public: data that is not private, for stages that use some.
+    keys: whose record each row is, where the plan protects users. public: data that are not private, for stages that use some: a
+    Dataset, or a batch.
     collate_fn, workers: as for torch's DataLoader. views: how often each sampled row is read, where the data set augments it; the
     mean of its views' gradients is clipped.
     engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory; a function is called, to
@@ -212,6 +214,7 @@ def make_private(
     _check_optimizer(model, optimizer)
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+    shown = public_rows(public, dataset, collate_fn)
     coupling = None
     if plan.groups is None:
         coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
@@ -221,7 +224,7 @@ def make_private(
         ledger = Ledger(plan.terms())
     elif not isinstance(ledger, Ledger):
         ledger = ledger()
-    runner = StepRunner(plan, model, loss_fn, chosen, ledger, public, reduce)
+    runner = StepRunner(plan, model, loss_fn, chosen, ledger, shown, reduce)
     return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units)
 
 
