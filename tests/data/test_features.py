@@ -141,7 +141,7 @@ def test_color_of_gray_images_and_other_colors_are_refused() -> None:
     records = Records(torch.zeros(2, 1, 16, 16, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(PrivgradError, match="are gray"):
         with_features(records, FeatureSettings(color="ycbcr"), None, "x")
-    with pytest.raises(PrivgradError, match="data.features.color is 'hsv'"):
+    with pytest.raises(PrivgradError, match=r"data\.features\.color is 'hsv'"):
         FeatureSettings(color="hsv")
     with pytest.raises(PrivgradError, match="expected true or false"):
         FeatureSettings(mirror=1)  # type: ignore[arg-type]

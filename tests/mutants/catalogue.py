@@ -8,6 +8,8 @@ AUDIT = "tests/audit/test_step_audit.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
 FAULTS = "tests/faults/test_faults.py"
+GROUPS = "tests/mechanism/test_groups.py"
+LAYERWISE = "tests/mechanism/test_layerwise.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
 ONEPASS = "tests/gradients/test_onepass.py"
 OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
@@ -613,6 +615,85 @@ MUTANTS = (
         "return Drawn(rows, Fold(torch.arange(len(rows)), len(rows)))",
         (VIEWS,),
     ),
+    # groups, layers, thresholds
+    Mutant(
+        "groups by chunking",
+        "mechanism/groups.py",
+        "drawn = source.integers(fold.units, self.count)",
+        "drawn = __import__('torch').arange(fold.units) * self.count // max(1, fold.units)",
+        (GROUPS,),
+    ),
+    Mutant(
+        "local steps stay in the weights",
+        "gradients/streamed.py",
+        "                    parameter.copy_(before[name])",
+        "                    pass",
+        (GROUPS,),
+    ),
+    Mutant(
+        "a user's records go to several groups",
+        "mechanism/groups.py",
+        "return Fold(drawn[fold.index], self.count, fold.scale)",
+        "return Fold(source.integers(len(fold.index), self.count), self.count, fold.scale)",
+        (GROUPS,),
+    ),
+    Mutant(
+        "the price of layers is dropped",
+        "mechanism/noise.py",
+        "return [math.sqrt(len(distances)) * distance for distance in distances]",
+        "return list(distances)",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "noise by dimension without its sum",
+        "mechanism/noise.py",
+        "math.sqrt(distance / math.sqrt(size) * together)",
+        "math.sqrt(distance / math.sqrt(size) * distance * math.sqrt(size))",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "blocks that leave out a parameter",
+        "mechanism/layerwise.py",
+        "    if missing or twice:",
+        "    if twice:",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "a group's bits are charged as an absent one's",
+        "mechanism/thresholds.py",
+        "return Bound(diagonal / 2, diagonal)",
+        "return Bound(diagonal / 2, diagonal / 2)",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "norms are released uncut",
+        "mechanism/thresholds.py",
+        "return norms.clamp(0.0, self.limit)",
+        "return norms",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "bits count twice",
+        "mechanism/thresholds.py",
+        "return (norms <= thresholds).to(norms.dtype) - 0.5",
+        "return (2 * (norms <= thresholds)).to(norms.dtype) - 1.0",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "the private data may be called public",
+        "training/public.py",
+        "    if public is private:",
+        "    if False:",
+        (LAYERWISE,),
+    ),
+    Mutant(
+        "public data may hold private records",
+        "training/public.py",
+        "if any(_digest(row) in known for row in ours):",
+        "if False:",
+        (LAYERWISE,),
+    ),
+    # ledger, checkpoint, resume
     Mutant(
         "a ledger that failed goes on",
         "privacy/ledger.py",

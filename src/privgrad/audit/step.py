@@ -18,6 +18,7 @@ from privgrad.gradients.contract import Fold, Tree
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
+from privgrad.mechanism.states import Consumer
 from privgrad.mechanism.step import StepRunner
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.ledger import Ledger
@@ -34,6 +35,18 @@ class Direction(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[rows, dimension] to [rows]."""
         return inputs @ self.weight
+
+
+class Directions(nn.Module):
+    """Several weight vectors, one after the other: as `Direction`, with a tensor for each block."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.zeros(size) for size in sizes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, sum of sizes] to [rows]."""
+        return inputs @ torch.cat(list(self.parts))
 
 
 def linear_loss(model: nn.Module, batch: Tree) -> Tensor:
@@ -79,30 +92,41 @@ def audit_step(
     direction: Tensor,
     midpoint: float,
     *,
+    model: nn.Module | None = None,
+    side: Tensor | None = None,
     trials: int = 5000,
     confidence: float = 1 - 1e-6,
 ) -> StepAudit:
     """Attack one step of `plan`.
 
     inside, outside: [rows, dimension] gradients of all records in the two neighbouring worlds (q is forced to 1).
-    direction: [dimension] unit vector along which the worlds differ. midpoint: the noised SUM's projection half way between the
-    two worlds: the threshold of the guesses, fixed beforehand.
+    direction: [dimension] vector on which the noised SUM is projected, best the worlds' difference over each part's variance.
+    midpoint: the projection half way between the two worlds: the threshold of the guesses, fixed beforehand.
+    model: `Directions` where the plan clips several tensors; None is one. side: [blocks], the same for a side release.
+    Every trial starts from the same state, whatever the releases before it.
 
     Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
     """
     sampling = FullBatch(divisor=plan.divisor)
     forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
-    model = Direction(inside.shape[1])
+    model = Direction(inside.shape[1]) if model is None else model
     runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()))
+    start = runner.states
     scores: dict[str, list[float]] = {}
     for world, gradients in (("inside", inside), ("outside", outside)):
         fold = Fold.identity(len(gradients))
         scores[world] = []
         for _ in range(trials):
-            update = runner.release((gradients,), fold).update
-            if update is None:
+            runner.states = start
+            release = runner.release((gradients,), fold)
+            if release.update is None:
                 raise PrivgradError("this audit needs plans that release updates; mixing has an audit of its own")
-            scores[world].append(float(update["weight"] @ direction) * forced.divisor)
+            update = torch.cat([value.flatten() for value in release.update.values()])
+            score = float(update @ direction) * forced.divisor
+            if side is not None and release.side is not None:
+                (noised,) = release.side[Consumer.THRESHOLDS].values()
+                score += float(noised @ side.to(noised))
+            scores[world].append(score)
     lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)
     claimed = claimed_mu(plan)
     tight = mu_lower_bound(scores["inside"], scores["outside"], midpoint, 0.95)
