@@ -72,6 +72,7 @@ def written(path: Path, text: str) -> Path:
 def test_every_key_of_the_design_has_a_default() -> None:
     assert {section: set(values) for section, values in complete({}).items()} == {
         "data": {"source", "test", "test_source", "test_share", "cache", "images", "npz", "table", "features"},
+        "public": {"source"},
         "model": {"name", "arguments"},
         "privacy": {"epsilon", "delta", "adjacency", "accountant", "disclose"},
         "plan": {"steps", "epochs", *KINDS},
@@ -164,8 +165,14 @@ def test_a_sampling_rate_takes_the_place_of_the_batch_size() -> None:
         ("[plan.sampling]\nkind = 'poison'", "plan.sampling.kind is 'poison'", "'poisson'"),
         ("[plan.noise]\nkind = 'laplace'", "plan.noise.kind is 'laplace'", "known: gaussian"),
         ("[plan.protects]\nkind = 'exemple'", "plan.protects.kind is 'exemple'", "'example'"),
-        ("[plan.groups]\nkind = 'random'", "plan.groups.kind is 'random'", "none in this version"),
-        ("[plan.groups]\ncount = 16", "plan.groups", "none in this version"),
+        ("[plan.groups]\nkind = 'randon'", "plan.groups.kind is 'randon'", "'random'"),
+        ("[plan.groups]\ncount = 16", "plan.groups", "known: random"),
+        ("[plan.groups]\nkind = 'random'\nnumber = 16", "plan.groups.number", "known: count"),
+        ("[plan.groups]\nkind = 'random'", "groups.count is not given", "how many groups"),
+        ("[plan.thresholds]\nkind = 'publik'", "plan.thresholds.kind is 'publik'", "'public'"),
+        ("[plan.thresholds]\nkind = 'public'", "needs public data", "[public] source"),
+        ("[plan.noise]\nallocation = 'perlayer'", "noise.allocation is 'perlayer'", "'per_layer'"),
+        ("[plan.clipping]\nkind = 'layerwise'\nblocks = 'tensors'", "clipping.blocks is 'tensors'", "'tensor'"),
         ("[plan.mixing]\nkind = 'modelmix'", "plan.mixing.kind is 'modelmix'", "none in this version"),
         ("[privacy]\nadjacency = 'zeroout'", "'zeroout'", "'zero_out'"),
         ("[privacy]\naccountant = 'pdl'", "'pdl'", "'pld'"),
@@ -316,16 +323,16 @@ def test_the_same_kind_drops_nothing() -> None:
 def test_dropped_keys_are_told_on_standard_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is one kind of clipping so far, so the other one is made here; what is refused later says one line only."""
+    """What is refused later says one line only."""
     monkeypatch.setitem(KINDS["clipping"], "other", type("Other", (FlatClipping,), {}))
     path = written(tmp_path / "config.toml", "[plan.clipping]\nkind = 'flat'\nmax_norm = 2.0")
     assert privgrad(["train", str(path), "--set", "plan.clipping.kind=other", "--set", "run.device=abacus"]) == 2
     note, refusal = capsys.readouterr().err.splitlines()
     assert "dropped the other kind's max_norm" in note
     assert "run.device" in refusal
-    assert privgrad(["train", str(path), "--set", "plan.clipping.kind=layerwise"]) == 2
+    assert privgrad(["train", str(path), "--set", "plan.clipping.kind=layered"]) == 2
     (refusal,) = capsys.readouterr().err.splitlines()
-    assert "plan.clipping.kind is 'layerwise'" in refusal
+    assert "plan.clipping.kind is 'layered'" in refusal
 
 
 # What excludes each other.

@@ -201,7 +201,7 @@ def test_public_thresholds_of_groups_are_norms_of_groups() -> None:
 def test_public_thresholds_need_public_data() -> None:
     plan = full_batch_plan(4, thresholds=pg.PublicThresholds())
     with pytest.raises(pg.RefusedError, match="needs public data, and none is given"):
-        runner(plan, network(), LOSS).release(*rows(*data(4)))
+        runner(plan, network(), LOSS)
 
 
 def test_private_thresholds_learn_from_noised_norms() -> None:

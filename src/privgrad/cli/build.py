@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
 from privgrad.data.settings import read_settings
-from privgrad.data.source import Source, load, training_size
+from privgrad.data.source import Source, load, load_public, training_size
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.onepass import OnePassEngine
@@ -83,6 +84,24 @@ def build_data(config: Config) -> Source:
     protects = stage_from_json("protects", config["plan"]["protects"])
     key = protects.key if isinstance(protects, User) else None
     return load(read_settings(config["data"]), _adjacency(config), key=key)
+
+
+def build_public(config: Config, private: Source) -> Dataset[Any] | None:
+    """The data of [public], read as [data] is; None where none are given.
+
+    Raises:
+        PrivgradError: other shapes or classes than the private data's.
+    """
+    source = config["public"]["source"]
+    if source is None:
+        return None
+    found = load_public(read_settings({**config["data"], "source": source, "test_source": None, "test_share": None}))
+    if found.input_shape != private.input_shape or found.classes != private.classes:
+        raise PrivgradError(
+            f"public.source has records of shape {list(found.input_shape)} in {found.classes} classes, and the private data "
+            f"{list(private.input_shape)} in {private.classes}; expected the same"
+        )
+    return found.train
 
 
 def count_units(config: Config) -> int:

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "table": None,
         "features": None,
     },
+    "public": {"source": None},
     "model": {"name": "mlp", "arguments": {}},
     "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld", "disclose": []},
     "plan": {
@@ -126,7 +127,11 @@ def resolved(config: Config, beside: Path | None) -> Config:
     Raises:
         PrivgradError: data that is not found, with the places that were looked at.
     """
-    return {**config, "data": located(config["data"], beside)}
+    public = config["public"]
+    if public["source"] is not None:
+        found = located({**config["data"], "source": public["source"], "test_source": None}, beside)["source"]
+        public = {**public, "source": found}
+    return {**config, "data": located(config["data"], beside), "public": public}
 
 
 def _put(config: Config, section: str, key: str, value: Any) -> None:

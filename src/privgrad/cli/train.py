@@ -18,6 +18,7 @@ from privgrad.cli.build import (
     build_engine,
     build_optimizer,
     build_plan,
+    build_public,
     units_in,
 )
 from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
@@ -129,6 +130,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
             plan,
             supervised(torch.nn.functional.cross_entropy),
             keys=source.keys,
+            public=build_public(config, source),
             directory=run.directory,
             test=split,
             schedule=schedule,

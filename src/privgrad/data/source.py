@@ -126,6 +126,23 @@ def load(settings: DataSettings | str, adjacency: Adjacency = Adjacency.ZERO_OUT
     )
 
 
+def load_public(settings: DataSettings) -> Source:
+    """One split of data that are not private (the training split, where there are two), read like private ones."""
+    if settings.source in SOURCES:
+        return SOURCES[settings.source]()
+    path = locate("public.source", settings.source, embedded=SOURCES)
+    cache = Cache(settings.cache)
+    files, _ = split_files(path)
+    both = files.kind == ".npz" and not files.is_folder and holds_both_splits(files, settings)
+    part = _open_part(files, settings, _stated(files, settings), None, cache, "_train" if both else "")
+    records = _records(part, settings)
+    cache.commit()
+    if settings.features is not None:
+        records = with_features(records, settings.features, cache.directory, part.where)
+    shape = tuple(records.inputs.shape[1:])
+    return Source(_name(path), records, records, len(part), shape, count_of(part.classes), part.scaling)
+
+
 def training_size(settings: DataSettings, adjacency: Adjacency = Adjacency.ZERO_OUT) -> int:
     """The number of training records; images are counted and not decoded."""
     if settings.source in SOURCES:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, NoOpDpEvent
 
-from privgrad.errors import PrivgradError, check_count, check_number, nearest
+from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import FlatClipping
@@ -174,6 +174,16 @@ class Plan:
         """This plan with the smallest noise multiplier that keeps epsilon at `delta` within the target, never above it."""
         plan = self if delta is None else dataclasses.replace(self, delta=delta)
         return plan.with_multiplier(calibrate(lambda z, grid: plan.with_multiplier(z).epsilon(precision=grid), epsilon))
+
+    def check_public(self, given: bool) -> None:
+        """Refuse to run without public data where a stage works with some."""
+        for name in KINDS:
+            stage = getattr(self, name)
+            if getattr(stage, "needs_public", False) and not given:
+                raise RefusedError(
+                    f"plan.{name} of kind {stage.kind!r} needs public data, and none is given; give public=DATA (Python) or "
+                    f"[public] source (configuration), or choose another kind of {name}"
+                )
 
     def with_multiplier(self, multiplier: float) -> Plan:
         """This plan with another noise multiplier."""

@@ -47,6 +47,8 @@ class Stage:
 
     kind: ClassVar[str]
     """The stage's name in a configuration file."""
+    needs_public: ClassVar[bool] = False
+    """True: it cannot work without public data."""
 
     def init(self, shapes: Mapping[str, torch.Size]) -> State:
         """The first state, from the shapes of the trainable parameters."""

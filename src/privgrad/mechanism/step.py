@@ -71,6 +71,7 @@ class StepRunner:
         self._stages: dict[str, Stage] = {
             name: getattr(self.plan, name) for name in _STAGES if getattr(self.plan, name) is not None
         }
+        self.plan.check_public(self.public is not None)
         self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
         if self.plan.groups is not None:
             self.engine = self.plan.groups.engine()

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from privgrad.errors import RefusedError, check_count, check_number
+from privgrad.errors import check_count, check_number
 from privgrad.mechanism.stage import PublicView, Stage, State
 from privgrad.mechanism.states import Consumer, Release
 from privgrad.privacy.sensitivity import Bound
@@ -33,6 +33,7 @@ class PublicThresholds(Stage):
     """
 
     kind: ClassVar[str] = "public"
+    needs_public: ClassVar[bool] = True
 
     every: int = 100
 
@@ -45,11 +46,6 @@ class PublicThresholds(Stage):
     def refresh(self, state: State, view: PublicView) -> State:
         if len(state["shares"]) and view.step % self.every:
             return state
-        if view.public is None:
-            raise RefusedError(
-                "thresholds.kind = 'public' needs public data, and none is given; give public=, or use thresholds.kind = "
-                "'private' or 'quantile'"
-            )
         norms = view.norms(view.public).to(torch.float64)
         return {"shares": _shares(norms[norms.isfinite().all(dim=1)].mean(0).nan_to_num())}
 

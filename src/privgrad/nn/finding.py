@@ -78,7 +78,8 @@ def refuse_coupling(findings: Iterable[Finding]) -> None:
     if by_what:
         places = "; ".join(f"{_listed(where)}: {what}" for what, where in by_what.items())
         raise RefusedError(
-            f"{places}. Clipping a record's gradient does not bound what it changes then: {'; '.join(ways)}"
+            f"{places}. Clipping a record's gradient does not bound what it changes then: {'; '.join(ways)}; or clip "
+            "groups of records instead of records (Batch Clipping, plan.groups)"
         )
 
 

@@ -214,6 +214,7 @@ def make_private(
     _check_optimizer(model, optimizer)
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+    plan.check_public(public is not None)
     shown = public_rows(public, dataset, collate_fn)
     coupling = None
     if plan.groups is None:
