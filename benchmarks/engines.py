@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import privgrad as pg
 from benchmarks.models import Bench
 from privgrad.gradients.contract import Engine, Fold
 from privgrad.gradients.onepass import OnePassEngine
-from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.randomness import Source
-from privgrad.mechanism.stage import Block, Stage
 from privgrad.mechanism.step import StepRunner
 from privgrad.privacy.ledger import Ledger
 
@@ -30,36 +26,6 @@ GROUP_SIZE = 32
 
 class SkippedError(Exception):
     """An engine that cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class PerTensor(Stage):
-    """Layerwise clipping in its barest form: every tensor to its own norm. Separable."""
-
-    kind: ClassVar[str] = "per_tensor"
-    separable: ClassVar[bool] = True
-    words: ClassVar[str] = "each tensor is clipped by itself"
-
-    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
-        return [Block(slot, (slot,), 1.0) for slot in slots]
-
-    def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
-        return (thresholds / norms).clamp_(max=1.0)
-
-
-@dataclass(frozen=True)
-class Groups(Stage):
-    """Random groups of about GROUP_SIZE, each one gradient."""
-
-    kind: ClassVar[str] = "groups"
-    words: ClassVar[str] = "random groups"
-    count: int
-
-    def assign(self, fold: Fold, source: Source) -> Fold:
-        return Fold(source.integers(fold.units, self.count)[fold.index], self.count)
-
-    def engine(self) -> Engine:
-        return StreamedEngine(mean=True)
 
 
 def plain(bench: Bench, parts: int = 1) -> Step:
@@ -126,7 +92,7 @@ def unnoised(bench: Bench, **stages: Any) -> Step:
 
 def grouped(bench: Bench) -> Step:
     """Batch Clipping in random groups."""
-    return private(bench, groups=Groups(max(1, len(bench.batch()[0]) // GROUP_SIZE)))
+    return private(bench, groups=pg.RandomGroups(max(1, len(bench.batch()[0]) // GROUP_SIZE)))
 
 
 def opacus(bench: Bench, ghost: bool) -> Step:
@@ -160,7 +126,7 @@ ENGINES: dict[str, Callable[[Bench], Step]] = {
     "plain": plain,
     "plain-microbatched": microbatched,
     "privgrad-flat": private,
-    "privgrad-layerwise": lambda bench: private(bench, clipping=PerTensor()),
+    "privgrad-layerwise": lambda bench: private(bench, clipping=pg.LayerwiseClipping()),
     "privgrad-group": grouped,
     "privgrad-unnoised": unnoised,
     "vmap": lambda bench: private(bench, VmapEngine()),
