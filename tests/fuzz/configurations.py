@@ -34,6 +34,13 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"kind": "full_batch"},
 )
 
+MECHANISMS: tuple[dict[str, dict[str, Any]], ...] = (
+    {"groups": {"kind": "random", "count": 2}},
+    {"groups": {"kind": "random", "count": 2, "local_steps": 2, "local_rate": 0.1}},
+    {"clipping": {"kind": "layerwise", "max_norm": 0.5}, "thresholds": {"kind": "quantile"}},
+    {"clipping": {"kind": "automatic"}, "thresholds": {"kind": "private", "limit": 2.0}},
+)
+
 
 def number(value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> bool:
     """A finite number in an interval, by comparisons that also hold for integers beyond floats."""
@@ -87,8 +94,20 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "plan.sampling.max_batch_size": count,
     "plan.sampling.batch_size": count,
     "plan.sampling.order": lambda value: count(value, 0),
-    "plan.clipping.kind": among("flat"),
-    "plan.clipping.max_norm": lambda value: number(value, 0, open_low=True),
+    "plan.groups.kind": among("random"),
+    "plan.groups.count": count,
+    "plan.groups.local_steps": lambda value: count(value, 0),
+    "plan.groups.local_rate": lambda value: number(value, 0, open_low=True),
+    "plan.clipping.kind": among("flat", "layerwise", "automatic"),
+    "plan.clipping.max_norm": lambda value: number(value, 0, open_low=True) or isinstance(value, list),
+    "plan.clipping.blocks": lambda value: isinstance(value, str | dict),
+    "plan.clipping.stability": lambda value: number(value, 0, open_low=True),
+    "plan.thresholds.kind": among("public", "private", "quantile"),
+    "plan.thresholds.every": count,
+    "plan.thresholds.limit": lambda value: number(value, 0, open_low=True),
+    "plan.thresholds.quantile": lambda value: number(value, 0, 1, open_low=True, open_high=True),
+    "plan.noise.allocation": among("uniform", "per_layer", "dimension"),
+    "public.source": lambda value: isinstance(value, str),
     "plan.noise.kind": among("gaussian"),
     "plan.noise.multiplier": lambda value: number(value, 0),
     "plan.noise.side_share": lambda value: number(value, 0, 1, open_low=True, open_high=True),
@@ -184,6 +203,12 @@ NAMES: dict[str, tuple[Any, ...]] = {
     "run.device": ("cpu", "cuda", "cuda:99", "meta", "mps", "cpu:7", "gpu", "xla", "vulkan"),
     "plan.sampling.kind": ("poisson", "truncated_poisson", "fixed_size", "shuffled", "full_batch"),
     "plan.protects.kind": ("user",),
+    "plan.groups.kind": ("random",),
+    "plan.clipping.kind": ("layerwise", "automatic", "flat"),
+    "plan.clipping.blocks": ("tensor", "module", "all", {"a": ["*"]}, {"a": ["w*"], "b": []}, {"a": 3}),
+    "plan.thresholds.kind": ("public", "private", "quantile"),
+    "plan.noise.allocation": ("per_layer", "dimension"),
+    "public.source": ("digits", "nowhere"),
     "privacy.disclose": (["training_loss"], ["batch_size", "gradient_norm"], ["nothing"], "training_loss"),
     "data.test_share": (0.2,),
     "data.features.kind": ("scattering",),
@@ -214,6 +239,8 @@ def nonsense(chance: random.Random, *, calibrated: bool) -> Nonsense:
         tables["plan"]["sampling"] = dict(chance.choice(SAMPLINGS))
         if tables["plan"]["sampling"]["kind"] == "truncated_poisson":
             tables["privacy"]["accountant"] = "pld"
+    if chance.random() < 0.15:
+        tables["plan"].update(chance.choice(MECHANISMS))
     set_values: dict[str, Any] = {}
     if chance.random() < 0.85:
         for _ in range(chance.choice((1, 1, 1, 2, 3))):

@@ -22,6 +22,7 @@ from privgrad.mechanism.plan import Plan
 from privgrad.privacy.certificate import to_markdown
 from privgrad.privacy.ledger import Ledger
 from privgrad.report.certificate_page import to_html
+from privgrad.training.run import Run, certificate_text
 from privgrad.training.trainer import Trainer
 
 STEPS = 4
@@ -157,6 +158,19 @@ def test_a_missing_tail_fails_also_without_a_checkpoint(finished: Path, capsys: 
     ledger = finished / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
     assert "lost its tail" in fails(finished, capsys)
+
+
+@pytest.mark.parametrize("seen", [3, "x", None, [], {"steps": 4}])
+def test_a_certificate_that_has_seen_no_ledger_is_neither_verified_nor_resumed(
+    finished: Path, capsys: pytest.CaptureFixture[str], seen: object
+) -> None:
+    path = finished / "certificate.json"
+    certificate = {key: value for key, value in json.loads(path.read_bytes()).items() if key != "digest"}
+    certificate["ledger"] = seen
+    path.write_text(certificate_text({**certificate, "digest": digest(certificate)}))
+    fails(finished, capsys)
+    with pytest.raises(pg.VerificationError, match="does not say what it has seen of the ledger"):
+        Run(finished).check_tail()
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60])

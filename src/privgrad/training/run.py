@@ -285,7 +285,9 @@ def _check_checkpoint(record: Record, saved: dict[str, Any]) -> None:
         raise VerificationError(f"{saved['applied']} steps were applied and only {record.count} charged")
 
 
-def _check_tail(record: Record, seen: dict[str, Any], by: str) -> None:
+def _check_tail(record: Record, seen: Any, by: str) -> None:
+    if not isinstance(seen, Mapping) or not {"steps", "head"} <= seen.keys():
+        raise VerificationError(f"the {by} does not say what it has seen of the ledger (steps and head)")
     steps = seen["steps"]
     check_count(f"the {by}'s number of ledger steps", steps, at_least=0)
     if steps > record.count:
