@@ -39,8 +39,9 @@ def turned_around() -> tuple[Tensor, Tensor]:
     return torch.cat([1e3 * 24 * AXIS[None], others]), others
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("adjacency", list(pg.Adjacency))
+@pytest.mark.parametrize(
+    ("count", "adjacency"), [*((1, adjacency) for adjacency in pg.Adjacency), (2, pg.Adjacency.ZERO_OUT)]
+)
 def test_a_group_turned_around_is_within_the_claim_and_near_it(count: int, adjacency: pg.Adjacency) -> None:
     torch.set_num_threads(1)
     inside, outside = turned_around()
@@ -100,7 +101,7 @@ def test_local_steps_are_within_the_claim() -> None:
     assert found.mu_lower_95 >= 0.7
 
 
-@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("share", [0.5])
 def test_quantiles_of_groups_are_charged_jointly(share: float) -> None:
     """One record turns the group's vector around and, just inside the ball, also its bit from -1/2 to +1/2."""
     outside = torch.tensor([[-5.0, 0.0]]).repeat(24, 1)

@@ -78,13 +78,12 @@ def test_automatic_clipping(clipping: pg.AutomaticClipping) -> None:
 
 
 SIDES = [
-    (pg.PrivateThresholds(limit=2.0), 2.0),
-    (pg.QuantileThresholds(), -0.5),
+    (pg.PrivateThresholds(limit=2.0), 2.0, 0.05),
+    (pg.QuantileThresholds(), -0.5, 0.5),
 ]
 
 
-@pytest.mark.parametrize(("thresholds", "moved"), SIDES, ids=["private", "quantile"])
-@pytest.mark.parametrize("share", [0.05, 0.5])
+@pytest.mark.parametrize(("thresholds", "moved", "share"), SIDES, ids=["private", "quantile"])
 def test_side_releases_are_charged_with_the_gradient(thresholds: object, moved: float, share: float) -> None:
     """The attacker reads both: 1/z^2 = 1/z_gradient^2 + 1/z_side^2."""
     noise = pg.GaussianNoise(multiplier=1.0, side_share=share)

@@ -105,7 +105,7 @@ def test_another_disclosure_is_another_plan() -> None:
     assert again.disclose == ("batch_size",)
 
 
-@pytest.mark.parametrize("names", ["batch_size", ["loss"], [3], 5, ["batch_size", "batch_size"]])
+@pytest.mark.parametrize("names", ["batch_size", ["loss"], [3], 5, {}, {"batch_size": 1}, ["batch_size", "batch_size"]])
 def test_a_name_that_is_not_known_is_refused(names: Any) -> None:
     with pytest.raises(pg.PrivgradError, match="disclose"):
         plan(disclose=names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,7 +21,7 @@ DISCLOSURES = {
 
 def check_disclosures(names: Iterable[str]) -> tuple[str, ...]:
     """The names, each of which must be known."""
-    if isinstance(names, str) or not isinstance(names, Iterable):
+    if isinstance(names, str | Mapping) or not isinstance(names, Iterable):
         raise PrivgradError(f"disclose is {names!r}; expected a list of names: {', '.join(DISCLOSURES)}")
     given = tuple(names)
     for name in given:
