@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "half the scale, claimed and added",
         "mechanism/noise.py",
-        "scales = dict.fromkeys(gradient, gradient_multiplier * together)",
-        "scales = dict.fromkeys(gradient, 0.5 * gradient_multiplier * together)",
+        "scales = {part.name: gradient_multiplier * share for",
+        "scales = {part.name: 0.5 * gradient_multiplier * share for",
         (FRAME,),
     ),
     Mutant(
