@@ -96,10 +96,7 @@ def _tables(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # of tomllib: also numbers without end, and tables in tables in tables
+    except (ValueError, RecursionError) as error:  # tomllib: also endless numbers, and tables in tables in tables
         raise PrivgradError(f"{path} is not valid TOML: {error}") from error
 
 
