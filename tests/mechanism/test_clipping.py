@@ -29,3 +29,14 @@ def test_a_stage_that_does_not_clip_is_clipped(answer: float) -> None:
 def test_flat_clipping_is_left_as_it_is() -> None:
     weights = ClippingRule(pg.FlatClipping(), torch.tensor([1.5], dtype=torch.float64))(NORMS, [0])
     assert weights.flatten().tolist() == pytest.approx([1.0, 1.0, 0.75, 1.5e-30, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_unit_with_one_norm_that_is_not_finite_contributes_nothing(bad: float) -> None:
+    """To all blocks where they are decided together, and to the side release."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    side = (pg.PrivateThresholds(limit=3.0), {}, sums)
+    rule = ClippingRule(pg.FlatClipping(), torch.tensor([1.0, 1.0], dtype=torch.float64), side)
+    norms = torch.tensor([[bad, 0.5], [2.0, 0.5]], dtype=torch.float64)
+    assert rule(norms, [0, 1]).tolist() == [[0.0, 0.0], [0.5, 1.0]]
+    assert sums.tolist() == [2.0, 0.5]

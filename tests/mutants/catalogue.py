@@ -154,7 +154,7 @@ MUTANTS = (
         "mechanism/clipping.py",
         "finite = norms.isfinite()",
         "finite = torch.ones_like(norms, dtype=torch.bool)",
-        (VMAP,),
+        (CLIPPING,),
     ),
     Mutant(
         "one tensor is left out of the norm",
