@@ -609,6 +609,20 @@ MUTANTS = (
         (TRAINER,),
     ),
     Mutant(
+        "dropout draws from the published seed",
+        "training/private.py",
+        "            seed_all(_seed(source.at(self.ledger.count + 1)), devices)\n",
+        "",
+        ("tests/training/test_randomness.py",),
+    ),
+    Mutant(
+        "the generators' state tells the size of private batches",
+        "training/private.py",
+        "        with same_randomness(devices):\n            seed_all",
+        "        if True:\n            seed_all",
+        ("tests/training/test_randomness.py",),
+    ),
+    Mutant(
         "a record's views count one by one",
         "training/units.py",
         "return Drawn(rows, Fold(index, fold.units, (scale / views).repeat_interleave(views)))",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -542,7 +543,7 @@ def test_a_lost_step_does_not_give_its_noise_to_another_one(
     tmp_path: Path, saved_every_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seeded noise is indexed by the charge, so that the same noise is never added to two different sums."""
-    asked: dict[str, list[int]] = {"noise": [], "sampling": [], "records": []}
+    asked: dict[str, list[int]] = defaultdict(list)
     original = SeededSource.at
 
     def watched(self: SeededSource, step: int) -> SeededSource:

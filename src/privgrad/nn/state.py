@@ -218,7 +218,7 @@ def seed_all(seed: int, devices: list[torch.device]) -> None:
     for device in devices:
         if device.type == "cuda":
             torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    numpy.random.seed(seed)
+    numpy.random.seed(seed % 2**32)
     random.seed(seed)
 
 

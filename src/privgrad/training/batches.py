@@ -142,8 +142,9 @@ def sampled_batches(
     collate_fn: Callable[[list[Any]], Tree] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
+    seed: int = 0,
 ) -> Iterator[SampledBatch]:
-    """One batch per draw. An empty draw gives a batch with data None: a step like any other."""
+    """One batch per draw. An empty draw gives a batch with data None: a step like any other. seed: of the workers' randomness."""
     folds: deque[Fold] = deque()
 
     def indices() -> Iterator[NDArray[numpy.int64]]:
@@ -159,7 +160,9 @@ def sampled_batches(
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # of its own: making a loader must not move the user's (dropout, after a resume)
+        generator=torch.Generator().manual_seed(
+            seed
+        ),  # of its own: making a loader must not move the user's (dropout, after a resume)
     )
     for data in loader:  # in the order of the draws, whatever the workers do
         fold = folds.popleft()

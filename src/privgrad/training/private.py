@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.states import Release
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.nn.coupling import CouplingGuard
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
-from privgrad.nn.state import same_randomness
+from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
@@ -70,6 +72,7 @@ class Private:
         self._workers = workers
         self._units = units
         self._records = runner.source("records")
+        self._loading, self._forward = runner.source("loading"), runner.source("forward")
         self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
@@ -95,9 +98,19 @@ class Private:
         current = self._iterators
         draws = (self._draw(step) for step in range(self.ledger.count + 1, self.plan.steps + 1))
         pin = next(iter(self._parameters.values())).is_cuda
-        for batch in sampled_batches(
-            self._dataset, draws, collate_fn=self._collate_fn, workers=self._workers, pin_memory=pin
-        ):
+        batches = sampled_batches(
+            self._dataset,
+            draws,
+            collate_fn=self._collate_fn,
+            workers=self._workers,
+            pin_memory=pin,
+            seed=_seed(self._loading.at(0)),
+        )
+        while True:
+            with self._own_randomness(self._loading):
+                batch = next(batches, None)
+            if batch is None:
+                return
             if current != self._iterators:
                 raise PrivgradError("batches() was asked for again since; go on with the newer iterator")
             if self._pending is not None and not self._pending.used:
@@ -161,17 +174,34 @@ class Private:
         try:
             if self._coupling is not None:
                 self._coupling.check()  # the model may be in other train and eval modes than it was
-            return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
+            with self._own_randomness(self._forward):
+                return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
         except BaseException:
             # Which steps fail may depend on the records in them: the batch must be tried again, or the training ends.
             if self.ledger.count == charged:
                 batch.give_back()
             raise
 
+    @contextmanager
+    def _own_randomness(self, source: Source) -> Iterator[None]:
+        """Dropout and augmentation draw from a seed of this step, and leave the state of the process's generators as it was.
+
+        How much is drawn follows the size of a private batch: from generators whose seed is known, one record more would change
+        the masks of all others, and their state (in a checkpoint) would tell the size.
+        """
+        devices = sorted({parameter.device for parameter in self._parameters.values()}, key=str)
+        with same_randomness(devices):
+            seed_all(_seed(source.at(self.ledger.count + 1)), devices)
+            yield
+
     def _fill(self, release: Release) -> None:
         update: Mapping[str, Tensor] = release.update or {}
         for name, parameter in self._parameters.items():
             parameter.grad = update[name].to(parameter.dtype)
+
+
+def _seed(source: Source) -> int:
+    return int(source.integers(1, 2**53))
 
 
 def make_private(
