@@ -120,3 +120,13 @@ def test_a_stage_without_words_is_refused_before_it_trains(words: object) -> Non
     Silent.words = words  # type: ignore[assignment, method-assign]
     with pytest.raises(pg.PrivgradError, match=r"Silent \(clipping\) does not say what it does"):
         pg.Plan(sampling=pg.PoissonSampling(rate=0.1, divisor=4.0), steps=1, clipping=Silent())
+
+
+def test_a_training_whose_epsilon_could_not_be_told_is_not_begun() -> None:
+    sampling = pg.PoissonSampling(rate=0.001, divisor=4.0)
+    long = pg.Plan(sampling=sampling, steps=1_000_001, noise=pg.GaussianNoise(multiplier=30.0))
+    with pytest.raises(pg.PrivgradError, match="too many for privacy loss distributions; use accountant = 'rdp'"):
+        long.terms()
+    by_rdp = dataclasses.replace(long, accountant=pg.Accountant.RDP)
+    by_rdp.terms()
+    assert 0 < by_rdp.epsilon() < 10

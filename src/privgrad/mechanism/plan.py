@@ -223,7 +223,8 @@ class Plan:
         )
 
     def terms(self) -> Terms:
-        """The first line of this plan's ledger."""
+        """The first line of this plan's ledger. A plan whose epsilon could not be computed in the end is refused here."""
+        accounting.check_composable(self.sampling.charges(self.steps), self.accountant)
         return Terms(self.digest(), self.sampled.sampler, self.adjacency, self.accountant, self.delta)
 
     def digest(self) -> str:

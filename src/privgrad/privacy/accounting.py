@@ -35,7 +35,7 @@ class Precision(Enum):
 
 
 MOST_STEPS = 10**9
-_MOST_STEPS_BY_PLD = 10**6
+MOST_STEPS_BY_PLD = 10**6
 """To size its answer dp-accounting raises the points of one loss to the number of steps, digit for digit: minutes beyond this."""
 _COARSEST_GRID = 1e-2
 _POINTS = {Precision.FINE: 1e6, Precision.COARSE: 5e4}
@@ -161,6 +161,15 @@ def _guide(atoms: Sequence[_Atom], delta: float) -> float:
     return max(found, _spread(atoms))
 
 
+def check_composable(count: int, accountant: Accountant) -> None:
+    """Refuse more events than the accountant composes in reasonable time."""
+    if accountant is Accountant.PLD and count > MOST_STEPS_BY_PLD:
+        raise PrivgradError(
+            f"more than {MOST_STEPS_BY_PLD:,} steps are too many for privacy loss distributions; use accountant = 'rdp', or "
+            "fewer, larger steps"
+        )
+
+
 @lru_cache(maxsize=8)
 def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision: Precision) -> PLDAccountant | None:
     """A composed PLD whose grid follows the size of the answer (from RDP, only as a guide) and of one step's loss.
@@ -168,11 +177,7 @@ def _pld(event: DpEvent, delta: float, relation: NeighboringRelation, precision:
     None where the answer is beyond `_LARGEST_EPSILON`.
     """
     atoms = list(_atoms(event))
-    if sum(atom.count for atom in atoms) > _MOST_STEPS_BY_PLD:
-        raise PrivgradError(
-            f"more than {_MOST_STEPS_BY_PLD:,} steps are too many for privacy loss distributions; use accountant = 'rdp', or "
-            "fewer, larger steps"
-        )
+    check_composable(sum(atom.count for atom in atoms), Accountant.PLD)
     guide = _guide(atoms, delta)
     largest = max(_largest_loss(atom) for atom in atoms)
     if not max(guide, largest) <= _LARGEST_EPSILON:
