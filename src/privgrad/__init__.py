@@ -6,7 +6,7 @@ The object that runs a step is the object that is accounted for.
 from privgrad import nn
 from privgrad.api import dp_sgd
 from privgrad.errors import PrivgradError, RefusedError, VerificationError
-from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.noise import GaussianNoise
@@ -31,6 +31,7 @@ __all__ = [
     "Accountant",
     "Adjacency",
     "AutomaticClipping",
+    "CoordinateClipping",
     "DeclaredSplit",
     "Example",
     "FixedSizeSampling",

@@ -101,3 +101,14 @@ def test_side_releases_are_charged_with_the_gradient(thresholds: object, moved: 
     found = audit_step(audited, inside, others, direction, middle, model=Directions(*SIZES), side=side, trials=4000)
     assert found.holds
     assert found.mu_lower_95 >= 0.8
+
+
+def test_l2_linf_clipping_in_its_corner() -> None:
+    """A vector of equal coordinates reaches both bounds at once."""
+    p, others = 9, torch.zeros(3, 9)
+    audited = plan(clipping=pg.CoordinateClipping(max_norm=0.7, p=float(p)))
+    canary = 1e4 * torch.ones(1, p)
+    direction = torch.full((p,), 1 / math.sqrt(p))
+    found = audit_step(audited, torch.cat([canary, others]), others, direction, 0.35, trials=4000)
+    assert found.holds
+    assert found.mu_lower_95 >= 0.8

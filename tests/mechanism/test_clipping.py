@@ -6,10 +6,16 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import privgrad as pg
+from privgrad.gradients.contract import Engine, Fold
+from privgrad.gradients.onepass import OnePassEngine
+from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
+from tests.helpers import full_batch_plan, runner
+
+LOSS = pg.supervised(nn.functional.cross_entropy)
 
 NORMS = torch.tensor([[0.0], [0.5], [2.0], [1e30], [math.inf], [math.nan]])
 
@@ -40,3 +46,38 @@ def test_a_unit_with_one_norm_that_is_not_finite_contributes_nothing(bad: float)
     norms = torch.tensor([[bad, 0.5], [2.0, 0.5]], dtype=torch.float64)
     assert rule(norms, [0, 1]).tolist() == [[0.0, 0.0], [0.5, 1.0]]
     assert sums.tolist() == [2.0, 0.5]
+
+
+@pytest.mark.parametrize("p", [1.0, 4.0, 1000.0])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "engine", [OnePassEngine(memory=1), OnePassEngine(), VmapEngine()], ids=["rows", "all", "vmap"]
+)
+def test_coordinates_are_cut_after_the_norm(p: float, grouped: bool, engine: Engine) -> None:
+    """The sum of algorithm 2 of arXiv:2210.03843, unit by unit, from ordinary gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4))
+    inputs, targets = 2 * torch.randn(7, 1, 6, 6), torch.randint(4, (7,))
+    inputs[3] = math.nan
+    groups = pg.RandomGroups(3) if grouped else None
+    clipping = pg.CoordinateClipping(max_norm=0.5, p=p)
+    plan = full_batch_plan(7, clipping=clipping, groups=groups, noise=pg.GaussianNoise(multiplier=0.0, insecure_seed=3))
+    running = runner(plan, model, LOSS, engine=engine)
+    fold = Fold.identity(7)
+    found = running.clipped_sum((inputs, targets), fold)
+    if groups is not None:
+        fold = groups.assign(fold, running.source("groups").at(1))
+    expected = 0.0
+    for unit in range(fold.units):
+        rows = fold.index == unit
+        if not rows.any():
+            continue
+        parameters = list(model.parameters())
+        gradient = torch.autograd.grad(LOSS(model, (inputs[rows], targets[rows])).mean(), parameters)
+        flat = torch.cat([part.flatten() for part in gradient])
+        if flat.isfinite().all():
+            vector = (flat * (0.5 / flat.norm()).clamp(max=1.0)).clamp(-0.5 / math.sqrt(p), 0.5 / math.sqrt(p))
+            assert vector.norm() <= 0.5 * (1 + 1e-6)
+            expected = expected + vector
+    assert torch.allclose(found.flat, expected, atol=1e-6)
+    assert found.flat.abs().max() <= fold.units * clipping.max_coordinate * (1 + 1e-6)

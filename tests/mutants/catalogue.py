@@ -138,8 +138,8 @@ MUTANTS = (
     Mutant(
         "clip after the sum",
         "gradients/contract.py",
-        "request.sink.add(slot, (weight @ flat).view(vectors[slot].shape[1:]))",
-        "request.sink.add(slot, flat.sum(0).view(vectors[slot].shape[1:]) * weight.min())",
+        "total = weighted_sum(weight, flat, request.cap(column))",
+        "total = flat.sum(0) * weight.min()",
         (VMAP,),
     ),
     Mutant(
@@ -664,6 +664,20 @@ MUTANTS = (
         "math.sqrt(distance / math.sqrt(size) * together)",
         "math.sqrt(distance / math.sqrt(size) * distance * math.sqrt(size))",
         (LAYERWISE,),
+    ),
+    Mutant(
+        "coordinates are not cut",
+        "gradients/collector.py",
+        "                if cap is None:",
+        "                if True:",
+        (CLIPPING,),
+    ),
+    Mutant(
+        "coordinates are cut in the reference engine's sum, and not in each unit",
+        "gradients/contract.py",
+        "return (weights[:, None] * vectors).clamp_(-cap, cap).sum(0)",
+        "return (weights @ vectors).clamp_(-cap, cap)",
+        (CLIPPING,),
     ),
     Mutant(
         "blocks that leave out a parameter",

@@ -171,17 +171,29 @@ class Collector:
         some = bool(zero.any())
         for place, column in enumerate(columns):
             weight, dropped = weights[:, place], zero[:, place] if some else None
+            cap = self._request.cap(column)
             small = joined.pop(column)
             if small is not None:
                 shapes, rows = small
-                parts = torch.split(rows.weighted_sum(weight, dropped), [shape.numel() for shape in shapes.values()])
+                together = rows.weighted_sum(weight, dropped, cap)
+                parts = torch.split(together, [shape.numel() for shape in shapes.values()])
                 for (slot, shape), part in zip(shapes.items(), parts, strict=True):
                     self._request.sink.add(slot, part.view(shape))
             totals = self._totals.pop(column)
             for slot in list(totals):
                 total = totals.pop(slot)
-                self._request.sink.add(slot, total.weighted_sum(weight, dropped))
+                if cap is None:
+                    self._request.sink.add(slot, total.weighted_sum(weight, dropped))
+                else:
+                    self._request.sink.add(slot, self._multiplied_out(total).weighted_sum(weight, dropped, cap))
                 self._free(total)
+
+    def _multiplied_out(self, total: Term) -> Rows:
+        if isinstance(total, Rows):
+            return total
+        rows = Rows(total.dense())
+        self.most = max(self.most, self._kept + rows.gradient.nbytes)
+        return rows
 
     def _free(self, total: Term) -> None:
         if isinstance(total, Rows):

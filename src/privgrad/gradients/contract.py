@@ -129,7 +129,8 @@ class Sink(Protocol):
 class Request:
     """One batch's work for an engine.
 
-    blocks: the slots of each block; together every slot once.
+    blocks: the slots of each block; together every slot once. caps: for each block, the largest absolute value that a coordinate
+    of a unit's weighted vector may have in the sum, or None; empty: no caps at all.
     """
 
     batch: Tree
@@ -138,6 +139,11 @@ class Request:
     blocks: Sequence[Sequence[str]]
     rule: Rule
     sink: Sink
+    caps: Sequence[float | None] = ()
+
+    def cap(self, column: int) -> float | None:
+        """The cap of one block."""
+        return self.caps[column] if self.caps else None
 
 
 class Engine(Protocol):
@@ -204,4 +210,12 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
             flat = flats[slot]
             if bool(dropped.any()):
                 flat = torch.where(dropped[:, None], torch.zeros_like(flat), flat)
-            request.sink.add(slot, (weight @ flat).view(vectors[slot].shape[1:]))
+            total = weighted_sum(weight, flat, request.cap(column))
+            request.sink.add(slot, total.view(vectors[slot].shape[1:]))
+
+
+def weighted_sum(weights: Tensor, vectors: Tensor, cap: float | None) -> Tensor:
+    """Sum of weights [units] times vectors [units, n]; with a cap, of their coordinates cut to +-cap after the weighting."""
+    if cap is None:
+        return weights @ vectors
+    return (weights[:, None] * vectors).clamp_(-cap, cap).sum(0)

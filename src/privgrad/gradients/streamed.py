@@ -7,6 +7,7 @@ so that BatchNorm sees its own group, and no other. With rows as units it is a l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class StreamedEngine:
                 rows = rows.repeat(2)
             gradients = self._vector(module, parameters, request, rows)
             vectors = request.encoding.encode({name: value[None].to(dtype) for name, value in gradients.items()})
-            one = Request(None, Fold.identity(1), request.encoding, request.blocks, request.rule, request.sink)
-            add_weighted(one, vectors)
+            add_weighted(replace(request, batch=None, fold=Fold.identity(1)), vectors)
 
     def _vector(
         self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request, rows: Tensor

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from privgrad.gradients.contract import Fold
+from privgrad.gradients.contract import Fold, weighted_sum
 
 TRUSTED = 1e-4
 """A Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
@@ -119,9 +119,9 @@ class Rows:
     def squares(self) -> Tensor:
         return _squares(self.gradient) if self.known is None else self.known
 
-    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None, cap: float | None = None) -> Tensor:
         flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
-        return (weights.to(flat) @ flat).view(self.gradient.shape[1:])
+        return weighted_sum(weights.to(flat), flat, cap).view(self.gradient.shape[1:])
 
     def folded(self, folding: Folding) -> Rows:
         return Rows(folding.sum(self.gradient))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -39,6 +40,40 @@ class FlatClipping(Stage):
     @property
     def words(self) -> str:
         return f"each contribution is scaled down to an l2 norm of at most {self.max_norm:g}"
+
+
+@dataclass(frozen=True)
+class CoordinateClipping(FlatClipping):
+    """First g * min(1, C / ||g||), then every coordinate cut to +-C / sqrt(p) (l2 and l-infinity; arXiv:2210.03843, algorithm 2).
+
+    max_norm: C. p: at 1 nothing is cut; at the number of parameters only the signs of large gradients are left.
+
+    Guarantee: every unit's vector lies in the l2 ball of radius C (cutting coordinates makes no vector longer) and in the cube of
+    half width C / sqrt(p), in this order: both bounds hold.
+    """
+
+    kind: ClassVar[str] = "l2_linf"
+
+    p: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("clipping.p", self.p, at_least=1)
+
+    @property
+    def max_coordinate(self) -> float:
+        """C / sqrt(p)."""
+        return self.max_norm / math.sqrt(self.p)
+
+    def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
+        return (Block("gradient", tuple(slots), self.max_norm, self.max_coordinate if self.p > 1 else None),)
+
+    @property
+    def words(self) -> str:
+        return (
+            f"each contribution is scaled down to an l2 norm of at most {self.max_norm:g}, then each coordinate is cut to at "
+            f"most {self.max_coordinate:g}"
+        )
 
 
 class ClippingRule:

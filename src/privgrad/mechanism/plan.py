@@ -16,7 +16,7 @@ from dp_accounting import DpEvent, NoOpDpEvent
 from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
-from privgrad.mechanism.clipping import FlatClipping
+from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
@@ -46,7 +46,9 @@ KINDS: dict[str, dict[str, type[Any]]] = {
     },
     "groups": {"random": RandomGroups},
     "compression": {},
-    "clipping": {stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping)},
+    "clipping": {
+        stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping, CoordinateClipping)
+    },
     "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
     "noise": {"gaussian": GaussianNoise},
     "mixing": {},

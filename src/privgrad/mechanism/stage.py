@@ -132,11 +132,15 @@ class Compression(Protocol):
 
 @dataclass(frozen=True)
 class Block:
-    """Slots that are clipped together, to an l2 norm of at most max_norm where no thresholds stage says otherwise."""
+    """Slots that are clipped together, to an l2 norm of at most max_norm where no thresholds stage says otherwise.
+
+    max_coordinate: then each coordinate is cut to at most this absolute value; None: it is not.
+    """
 
     name: str
     slots: Sequence[str]
     max_norm: float
+    max_coordinate: float | None = None
 
 
 @runtime_checkable

@@ -143,7 +143,8 @@ class StepRunner:
             side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
         watch = ClippingWatch() if plan.disclose else None
         rule = ClippingRule(plan.clipping, thresholds, side, watch)
-        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink)
+        caps = [block.max_coordinate for block in blocks]
+        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps)
         if len(fold.index):
             self.engine.accumulate(self.model, self.loss_fn, request)
         self._encoding = encoding
