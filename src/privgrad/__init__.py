@@ -18,6 +18,7 @@ from privgrad.mechanism.sampling import (
     ShuffledBatches,
     TruncatedPoissonSampling,
 )
+from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy.adjacency import Adjacency, Example, User
 from privgrad.privacy.events import Accountant
@@ -45,6 +46,7 @@ __all__ = [
     "Private",
     "PrivateThresholds",
     "PrivgradError",
+    "PublicStatistics",
     "PublicThresholds",
     "QuantileThresholds",
     "RandomGroups",

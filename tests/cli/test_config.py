@@ -72,7 +72,7 @@ def written(path: Path, text: str) -> Path:
 def test_every_key_of_the_design_has_a_default() -> None:
     assert {section: set(values) for section, values in complete({}).items()} == {
         "data": {"source", "test", "test_source", "test_share", "cache", "images", "npz", "table", "features"},
-        "public": {"source"},
+        "public": {"source", "count", "seed"},
         "model": {"name", "arguments"},
         "privacy": {"epsilon", "delta", "adjacency", "accountant", "disclose"},
         "plan": {"steps", "epochs", *KINDS},

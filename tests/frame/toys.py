@@ -181,6 +181,9 @@ class PublicMean(Stage):
         with torch.no_grad():
             return {"mean": view.model.first(view.public[0]).mean(0)}
 
+    def final(self, state: State, view: PublicView) -> State:
+        return self.refresh(state, view)
+
     def install(self, model: nn.Module, state: State) -> None:
         model.center = state["mean"]
 

@@ -10,6 +10,7 @@ ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_t
 FAULTS = "tests/faults/test_faults.py"
 GROUPS = "tests/mechanism/test_groups.py"
 LAYERWISE = "tests/mechanism/test_layerwise.py"
+PUBLIC_NORM = "tests/nn/test_public_norm.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
 ONEPASS = "tests/gradients/test_onepass.py"
 OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
@@ -720,6 +721,35 @@ MUTANTS = (
         "if any(_digest(row) in known for row in ours):",
         "if False:",
         (LAYERWISE,),
+    ),
+    # normalization
+    Mutant(
+        "private rows are in the statistics",
+        "nn/public_norm.py",
+        "mean, variance = self.running_mean, self.running_var",
+        "variance, mean = torch.var_mean(inputs.detach(), [d for d in range(inputs.dim()) if d != 1])",
+        (PUBLIC_NORM,),
+    ),
+    Mutant(
+        "private batches update the statistics",
+        "nn/public_norm.py",
+        "self.weight, self.bias, False, 0.0, self.eps)",
+        "self.weight, self.bias, self.training, 0.1, self.eps)",
+        (PUBLIC_NORM,),
+    ),
+    Mutant(
+        "the variance has no floor",
+        "mechanism/statistics.py",
+        "variance.clamp(min=floor)",
+        "variance",
+        (PUBLIC_NORM,),
+    ),
+    Mutant(
+        "the final weights keep old statistics",
+        "mechanism/step.py",
+        'found = self.plan.statistics.final(self.states["statistics"], self._view())',
+        'found = self.states["statistics"]',
+        (PUBLIC_NORM,),
     ),
     # ledger, checkpoint, resume
     Mutant(

@@ -158,8 +158,8 @@ def test_a_lazy_layer_is_converted_once_it_knows_its_channels() -> None:
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     with pytest.raises(pg.PrivgradError, match="'groop' is unknown; did you mean 'group'"):
         convert(nn.Linear(3, 3), to="groop")
-    with pytest.raises(pg.PrivgradError, match="'layer' is unknown; known: group"):
-        convert(nn.Linear(3, 3), to="layer")
+    with pytest.raises(pg.PrivgradError, match="'batch' is unknown; did you mean 'test_batch'"):
+        convert(nn.Linear(3, 3), to="batch")
 
 
 def test_a_converted_model_passes_the_detector() -> None:

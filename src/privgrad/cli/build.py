@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
+from privgrad.data.generators import GENERATORS
 from privgrad.data.settings import read_settings
-from privgrad.data.source import Source, load, load_public, training_size
+from privgrad.data.source import Source, generated, load, load_public, training_size
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.onepass import OnePassEngine
@@ -87,15 +88,21 @@ def build_data(config: Config) -> Source:
 
 
 def build_public(config: Config, private: Source) -> Dataset[Any] | None:
-    """The data of [public], read as [data] is; None where none are given.
+    """The data of [public]: generated, or read as [data] is; None where none are given.
 
     Raises:
-        PrivgradError: other shapes or classes than the private data's.
+        PrivgradError: other shapes or classes than the private data's; generated images for data that are no images.
     """
     source = config["public"]["source"]
     if source is None:
         return None
-    found = load_public(read_settings({**config["data"], "source": source, "test_source": None, "test_share": None}))
+    settings = read_settings({**config["data"], "source": source, "test_source": None, "test_share": None})
+    if source in GENERATORS:
+        count, seed = config["public"]["count"], config["public"]["seed"]
+        check_count("public.count", count)
+        check_count("public.seed", seed, at_least=0)
+        return generated(settings, source, private, count, seed)
+    found = load_public(settings)
     if found.input_shape != private.input_shape or found.classes != private.classes:
         raise PrivgradError(
             f"public.source has records of shape {list(found.input_shape)} in {found.classes} classes, and the private data "

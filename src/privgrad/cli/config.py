@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privgrad.data.generators import GENERATORS
 from privgrad.data.settings import read_settings
 from privgrad.data.source import located
 from privgrad.errors import PrivgradError, nearest
@@ -35,7 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "table": None,
         "features": None,
     },
-    "public": {"source": None},
+    "public": {"source": None, "count": 1024, "seed": 0},
     "model": {"name": "mlp", "arguments": {}},
     "privacy": {"epsilon": None, "delta": 1e-5, "adjacency": "zero_out", "accountant": "pld", "disclose": []},
     "plan": {
@@ -125,7 +126,7 @@ def resolved(config: Config, beside: Path | None) -> Config:
         PrivgradError: data that is not found, with the places that were looked at.
     """
     public = config["public"]
-    if public["source"] is not None:
+    if public["source"] is not None and public["source"] not in [*GENERATORS]:
         found = located({**config["data"], "source": public["source"], "test_source": None}, beside)["source"]
         public = {**public, "source": found}
     return {**config, "data": located(config["data"], beside), "public": public}

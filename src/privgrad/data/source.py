@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from privgrad.data.cache import Cache
 from privgrad.data.features import with_features
 from privgrad.data.find import Files, locate, one_split, split_files
+from privgrad.data.generators import GENERATORS
 from privgrad.data.image_files import open_folder, open_parquet_images
 from privgrad.data.npz import holds_both_splits, open_npz
 from privgrad.data.part import Part, count_of
@@ -141,6 +142,19 @@ def load_public(settings: DataSettings) -> Source:
         records = with_features(records, settings.features, cache.directory, part.where)
     shape = tuple(records.inputs.shape[1:])
     return Source(_name(path), records, records, len(part), shape, count_of(part.classes), part.scaling)
+
+
+def generated(settings: DataSettings, generator: str, private: Source, count: int, seed: int) -> Records:
+    """So many images from a random process, of the shape of the private ones and scaled like them, with random labels."""
+    shape = private.input_shape
+    if settings.features is not None or len(shape) != 3:
+        raise PrivgradError(
+            f"public.source = {generator!r} makes images, and the private records are {list(shape)} "
+            f"{'features' if settings.features is not None else 'numbers'}; name public data of that kind"
+        )
+    images = torch.from_numpy(GENERATORS[generator](count, shape, seed))
+    labels = torch.from_numpy(numpy.random.default_rng(seed).integers(0, private.classes, count))
+    return Records(images, labels, settings.images.mean, settings.images.std)
 
 
 def training_size(settings: DataSettings, adjacency: Adjacency = Adjacency.ZERO_OUT) -> int:

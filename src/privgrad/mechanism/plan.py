@@ -29,6 +29,7 @@ from privgrad.mechanism.sampling import (
     TruncatedPoissonSampling,
 )
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
+from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import MOST_STEPS, Precision
@@ -52,7 +53,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
     "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
     "noise": {"gaussian": GaussianNoise},
     "mixing": {},
-    "statistics": {},
+    "statistics": {PublicStatistics.kind: PublicStatistics},
 }
 """What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
 

@@ -256,8 +256,8 @@ class ShuffledBatches(Stage):
         return -(-_known(self.dataset_size) // self.batch_size)
 
     @property
-    def sampled(self) -> Sampled:
-        return Sampled(Sampler.SHUFFLED)
+    def sampled(self) -> Sampled | None:
+        return None if self.dataset_size is None else Sampled(Sampler.SHUFFLED)
 
     @property
     def normaliser(self) -> float | None:

@@ -217,6 +217,10 @@ class Mixing(Protocol):
 class Statistics(Protocol):
     """Gives normalization layers the statistics of the coming step."""
 
+    def final(self, state: State, view: PublicView) -> State:
+        """The statistics at the weights of `view`, whatever the step: for a model that is looked at, or finished."""
+        ...
+
     def install(self, model: nn.Module, state: State) -> None:
         """Put the state's statistics into the model's layers."""
         ...

@@ -34,6 +34,7 @@ from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import Source, source
 from privgrad.mechanism.stage import Block, PublicView, Stage, State
 from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum, Part, Release
+from privgrad.mechanism.statistics import NEEDS_STATISTICS
 from privgrad.privacy.ledger import Ledger
 from privgrad.privacy.sensitivity import Bound
 
@@ -72,6 +73,11 @@ class StepRunner:
             name: getattr(self.plan, name) for name in _STAGES if getattr(self.plan, name) is not None
         }
         self.plan.check_public(self.public is not None)
+        if self.plan.statistics is None and any(getattr(m, NEEDS_STATISTICS, False) for m in self.model.modules()):
+            raise PrivgradError(
+                "the model has layers that take their statistics from public data (PublicBatchNorm), and the plan gives none; "
+                "add plan.statistics = { kind = 'public_batch' }"
+            )
         self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
         if self.plan.groups is not None:
             self.engine = self.plan.groups.engine()
@@ -153,16 +159,25 @@ class StepRunner:
 
     def refresh(self) -> None:
         """Let every stage look at what is public before the step."""
-        step = self.ledger.count
-        mixed = hashlib.sha256(f"{self._event!r}:{self.plan.steps}:{step}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
-        view = PublicView(
-            self.model, self.loss_fn, self.public, step, generator, lambda rows: self._public_norms(rows, generator)
-        )
+        view = self._view()
         for name, stage in self._stages.items():
             self.states = {**self.states, name: stage.refresh(self.states[name], view)}
         if self.plan.statistics is not None:
             self.plan.statistics.install(self.model, self.states["statistics"])
+
+    def finalize(self) -> None:
+        """Give the model the statistics that belong to its weights of now. The next step is as it would be without this."""
+        if self.plan.statistics is not None:
+            found = self.plan.statistics.final(self.states["statistics"], self._view())
+            self.plan.statistics.install(self.model, found)
+
+    def _view(self) -> PublicView:
+        step = self.ledger.count
+        mixed = hashlib.sha256(f"{self._event!r}:{self.plan.steps}:{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
+        return PublicView(
+            self.model, self.loss_fn, self.public, step, generator, lambda rows: self._public_norms(rows, generator)
+        )
 
     def _encode(self) -> Encoding:
         if self.plan.compression is None:

@@ -4,5 +4,14 @@ from privgrad.nn.convert import convert
 from privgrad.nn.coupling import find_coupling
 from privgrad.nn.finding import Finding
 from privgrad.nn.probe import PublicProbe, SyntheticProbe
+from privgrad.nn.public_norm import FrozenBatchNorm, PublicBatchNorm
 
-__all__ = ["Finding", "PublicProbe", "SyntheticProbe", "convert", "find_coupling"]
+__all__ = [
+    "Finding",
+    "FrozenBatchNorm",
+    "PublicBatchNorm",
+    "PublicProbe",
+    "SyntheticProbe",
+    "convert",
+    "find_coupling",
+]

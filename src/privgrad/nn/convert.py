@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from privgrad.errors import PrivgradError, nearest
+from privgrad.nn.public_norm import FrozenBatchNorm, PublicBatchNorm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
@@ -55,19 +56,27 @@ class Report:
 def convert(model: nn.Module, to: str = "group") -> Report:
     """Replace every BatchNorm layer of `model`, in place. Affine weights move over as they are: an optimizer keeps them.
 
-    to: "group". BatchNorm2d, BatchNorm3d and SyncBatchNorm become GroupNorm (arXiv:1803.08494) with as many groups, up to 32, as
-    leave at least four channels in each. BatchNorm1d becomes GroupNorm of a single group, which is LayerNorm over the features:
-    on inputs [rows, features] a group of four would keep only two of four degrees of freedom. Features of different units must
-    be brought to one scale before it, by constants that are public.
+    to: what each becomes.
+        "group": BatchNorm2d, BatchNorm3d and SyncBatchNorm become GroupNorm (arXiv:1803.08494) with as many groups, up to 32, as
+            leave at least four channels in each. BatchNorm1d becomes GroupNorm of a single group, which is LayerNorm over the
+            features: on inputs [rows, features] a group of four would keep only two of four degrees of freedom. Features of
+            different units must be brought to one scale before it, by constants that are public.
+        "layer": GroupNorm of a single group. "instance": GroupNorm of one channel a group; not for BatchNorm1d, which it would
+            erase. "none": nothing.
+        "public_batch": `PublicBatchNorm`, with the statistics of a public batch (plan.statistics).
+        "frozen": `FrozenBatchNorm`, with the statistics that the layer has (from public data: they are not protected).
+        "test_batch": BatchNorm without running statistics. It couples records, in training (for plans that clip groups) and at
+            inference, where it takes the batch's own.
 
-    Running statistics are dropped, and outputs change: convert before training, and train again where there were trained weights.
-    A layer that is used in several places is replaced by one layer in all of them. Subclasses are left, and the report says so:
-    what else their forward does is unknown.
+    Statistics are dropped except where it says otherwise, and outputs change: convert before training. A layer that is used in
+    several places is replaced by one layer in all of them. Subclasses are left, and the report says so: what else their
+    forward does is unknown.
 
-    Guarantee: the new layers normalise each record by itself.
+    Guarantee: the new layers normalise each record by itself, except those of "test_batch".
 
     Raises:
-        PrivgradError: an unknown `to`; a lazy layer that does not know its channels yet.
+        PrivgradError: an unknown `to`; a lazy layer that does not know its channels yet; "instance" for BatchNorm1d, "frozen" for
+            a layer without statistics.
     """
     if to not in _TARGETS:
         raise PrivgradError(f"convert to={to!r} is unknown; {nearest(str(to), _TARGETS)}")
@@ -94,12 +103,52 @@ def convert(model: nn.Module, to: str = "group") -> Report:
     return Report(replaced.get(model, model), changed, left)
 
 
+NORMALIZATIONS = ("none", "batch", "group", "layer", "instance", "public_batch", "test_batch")
+"""What reference models take as `normalization`: what `convert` makes of BatchNorm, or "batch", BatchNorm itself."""
+
+
+def normalized(name: str, batch_norm: type[_BatchNorm], channels: int) -> nn.Module:
+    """A normalization layer by its name. batch_norm: the class of BatchNorm for these inputs."""
+    if name not in NORMALIZATIONS:
+        raise PrivgradError(f"normalization is {name!r}; {nearest(str(name), NORMALIZATIONS)}")
+    layer = batch_norm(channels)
+    return layer if name == "batch" else convert(layer, name).model
+
+
 def _group_norm(layer: _BatchNorm) -> nn.GroupNorm:
-    channels = layer.num_features
-    groups = 1 if isinstance(layer, nn.BatchNorm1d) else _groups(channels)
-    norm = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
+    return _groups_of(layer, 1 if isinstance(layer, nn.BatchNorm1d) else _groups(layer.num_features))
+
+
+def _layer_norm(layer: _BatchNorm) -> nn.GroupNorm:
+    return _groups_of(layer, 1)
+
+
+def _instance_norm(layer: _BatchNorm) -> nn.GroupNorm:
+    if isinstance(layer, nn.BatchNorm1d):
+        raise PrivgradError("convert to='instance' would erase BatchNorm1d's features; use to='layer'")
+    return _groups_of(layer, layer.num_features)
+
+
+def _groups_of(layer: _BatchNorm, groups: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, layer.num_features, eps=layer.eps, affine=layer.affine)
     if layer.affine:
         norm.weight, norm.bias = layer.weight, layer.bias
+    return norm.train(layer.training)
+
+
+def _nothing(layer: _BatchNorm) -> nn.Identity:
+    return nn.Identity()
+
+
+def _frozen(layer: _BatchNorm) -> FrozenBatchNorm:
+    if layer.running_mean is None:
+        raise PrivgradError("convert to='frozen' keeps a layer's statistics, and one has none; use to='public_batch'")
+    return FrozenBatchNorm.of(layer)
+
+
+def _test_batch(layer: _BatchNorm) -> nn.Module:
+    norm = type(layer)(layer.num_features, layer.eps, affine=layer.affine, track_running_stats=False)
+    norm.weight, norm.bias = layer.weight, layer.bias
     return norm.train(layer.training)
 
 
@@ -117,7 +166,8 @@ def _groups(channels: int) -> int:
 
 def _described(norm: nn.Module, before: _BatchNorm) -> str:
     if not isinstance(norm, nn.GroupNorm):
-        return type(norm).__name__
+        without = " without running statistics" if isinstance(norm, _BatchNorm) else ""
+        return type(norm).__name__ + without
     size = norm.num_channels // norm.num_groups
     words = f"GroupNorm of {norm.num_groups} group(s) of {size} channel(s)"
     if isinstance(before, nn.BatchNorm1d) and size < _FEWEST_CHANNELS:
@@ -125,4 +175,12 @@ def _described(norm: nn.Module, before: _BatchNorm) -> str:
     return words
 
 
-_TARGETS: dict[str, Callable[[_BatchNorm], nn.Module]] = {"group": _group_norm}
+_TARGETS: dict[str, Callable[[_BatchNorm], nn.Module]] = {
+    "none": _nothing,
+    "group": _group_norm,
+    "layer": _layer_norm,
+    "instance": _instance_norm,
+    "public_batch": PublicBatchNorm.of,
+    "frozen": _frozen,
+    "test_batch": _test_batch,
+}

@@ -8,9 +8,11 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from privgrad.errors import PrivgradError
 from privgrad.nn.cnn import DPCNN, FeatureCNN, SmallDPCNN, image_shape
+from privgrad.nn.convert import normalized
 from privgrad.nn.resnet import WideResNet, resnet18, resnet20
 
 
@@ -28,14 +30,19 @@ class LogisticRegression(nn.Module):
 
 
 class MLP(nn.Module):
-    """Fully connected layers with tanh between them (bounded activations keep gradient norms, and so clipping, steady)."""
+    """Fully connected layers with tanh between them (bounded activations keep gradient norms, and so clipping, steady).
 
-    def __init__(self, input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (128,)) -> None:
+    normalization: before each tanh, a name in `convert.NORMALIZATIONS`.
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], classes: int, hidden: Sequence[int] = (128,), normalization: str = "none"
+    ) -> None:
         super().__init__()
         widths = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.Tanh()]
+            layers += [nn.Linear(before, after), *_norm(normalization, nn.BatchNorm1d, after), nn.Tanh()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -47,28 +54,33 @@ class MLP(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) with tanh and average pooling, for images of at least 8 x 8 pixels.
 
-    Images smaller than 16 x 16 are padded to it, so that both poolings have something to pool.
+    Images smaller than 16 x 16 are padded to it, so that both poolings have something to pool. normalization: before each
+    tanh, a name in `convert.NORMALIZATIONS`.
     """
 
-    def __init__(self, input_shape: Sequence[int], classes: int) -> None:
+    def __init__(self, input_shape: Sequence[int], classes: int, normalization: str = "none") -> None:
         super().__init__()
         channels, height, width = image_shape("lenet5", input_shape, at_least=8)
         self.pad = nn.ZeroPad2d((0, max(0, 16 - width), 0, max(0, 16 - height)))
         self.features = nn.Sequential(
             nn.Conv2d(channels, 6, 5, padding=2),
+            *_norm(normalization, nn.BatchNorm2d, 6),
             nn.Tanh(),
             nn.AvgPool2d(2),
             nn.Conv2d(6, 16, 5),
+            *_norm(normalization, nn.BatchNorm2d, 16),
             nn.Tanh(),
             nn.AvgPool2d(2),
         )
-        with torch.no_grad():
-            features = self.features(self.pad(torch.zeros(1, *input_shape))).numel()
+        side = self.pad(torch.zeros(1, *input_shape)).shape[-2:]
+        features = 16 * ((side[0] // 2 - 4) // 2) * ((side[1] // 2 - 4) // 2)
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(features, 120),
+            *_norm(normalization, nn.BatchNorm1d, 120),
             nn.Tanh(),
             nn.Linear(120, 84),
+            *_norm(normalization, nn.BatchNorm1d, 84),
             nn.Tanh(),
             nn.Linear(84, classes),
         )
@@ -77,6 +89,11 @@ class LeNet5(nn.Module):
         """[rows, channels, height, width] to logits [rows, classes]."""
         logits: Tensor = self.classifier(self.features(self.pad(inputs)))
         return logits
+
+
+def _norm(name: str, batch_norm: type[_BatchNorm], channels: int) -> list[nn.Module]:
+    """No layer at all for "none": parameter names stay what they are without normalization."""
+    return [] if name == "none" else [normalized(name, batch_norm, channels)]
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from privgrad.errors import PrivgradError, nearest
 from privgrad.nn.cnn import image_shape
+from privgrad.nn.convert import normalized
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -38,14 +39,6 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(min(16, channels), channels)
 
 
-NORMALIZATIONS: dict[str, Callable[[int], nn.Module]] = {
-    "group": group_norm,
-    "batch": nn.BatchNorm2d,
-    "none": lambda channels: nn.Identity(),
-}
-"""By name: "batch" couples the records of a batch and is for plans that allow it."""
-
-
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut (arXiv:1512.03385)."""
 
@@ -68,7 +61,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """The residual network for small images: a 3 x 3 stem, stages of basic blocks that halve the image, a mean, a linear layer.
 
-    widths and blocks: per stage. normalization: group, batch, none.
+    widths and blocks: per stage. normalization: a name in `convert.NORMALIZATIONS`; "group" has 16 groups here.
     """
 
     def __init__(
@@ -81,9 +74,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         channels, *_ = image_shape("resnet", input_shape, at_least=8)
-        if normalization not in NORMALIZATIONS:
-            raise PrivgradError(f"normalization is {normalization!r}; {nearest(normalization, NORMALIZATIONS)}")
-        norm = NORMALIZATIONS[normalization]
+        norm = group_norm if normalization == "group" else partial(normalized, normalization, nn.BatchNorm2d)
         self.stem = nn.Sequential(nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False), norm(widths[0]), nn.ReLU())
         stages: list[nn.Module] = []
         for stage, ((before, width), count) in enumerate(zip(pairwise([widths[0], *widths]), blocks, strict=True)):

@@ -151,8 +151,8 @@ class Private:
         return dict(self.runner.disclosed)
 
     def finalize(self) -> None:
-        """Bring what depends on the weights (public statistics) up to date with the final ones."""
-        self.runner.refresh()
+        """Bring what depends on the weights (public statistics) up to date with the ones that the model has now."""
+        self.runner.finalize()
 
     def spent(self, precision: Precision = Precision.FINE) -> Spent:
         """epsilon of everything charged so far, an upper bound."""

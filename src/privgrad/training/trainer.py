@@ -22,6 +22,7 @@ from privgrad.errors import PrivgradError, command
 from privgrad.files import read_json, write_atomically
 from privgrad.gradients.contract import Engine, LossFn, Tree
 from privgrad.mechanism.plan import Plan
+from privgrad.nn.public_norm import without_statistics
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import Evaluation, round_up
 from privgrad.privacy.ledger import Ledger
@@ -95,6 +96,12 @@ class Trainer:
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(
                 "ReduceLROnPlateau follows a loss, which stays private; use a schedule that follows the step"
+            )
+        untouched = without_statistics(model) if self.plan.statistics is None else []
+        if self.plan.groups is not None and untouched:
+            raise PrivgradError(
+                f"{', '.join(untouched)} would have no statistics at inference: private training never updates them; add "
+                "plan.statistics = { kind = 'public_batch' } and public data, or nn.convert(model, to='test_batch')"
             )
         self.run = Run(Path(directory))
         self.model, self.optimizer, self.schedule, self.test = model, optimizer, schedule, test
@@ -200,10 +207,12 @@ class Trainer:
         notes = f"epsilon {round_up(epsilon, 2)} at step {self.private.ledger.count}"
         if self.test is not None:
             with nullcontext() if self._average is None else self._average.applied():
+                self.private.finalize()
                 entry["test_accuracy"] = accuracy(self.model, self.test)
             notes += f"  {self.test.name} accuracy {entry['test_accuracy']:.1%}"
         if self.plan.disclose:
             with nullcontext() if self._average is None else self._average.applied():
+                self.private.finalize()
                 entry["disclosed"] = self.private.disclosed | self._training_metrics()
         self._metrics.add(entry)
         return notes
