@@ -18,6 +18,7 @@ from privgrad.mechanism.sampling import (
     ShuffledBatches,
     TruncatedPoissonSampling,
 )
+from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy.adjacency import Adjacency, Example, User
@@ -50,6 +51,7 @@ __all__ = [
     "PublicThresholds",
     "QuantileThresholds",
     "RandomGroups",
+    "RandomSparsification",
     "RefusedError",
     "Result",
     "ShuffledBatches",

@@ -10,6 +10,7 @@ ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_t
 FAULTS = "tests/faults/test_faults.py"
 GROUPS = "tests/mechanism/test_groups.py"
 LAYERWISE = "tests/mechanism/test_layerwise.py"
+SPARSIFICATION = "tests/mechanism/test_sparsification.py"
 PUBLIC_NORM = "tests/nn/test_public_norm.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
 ONEPASS = "tests/gradients/test_onepass.py"
@@ -721,6 +722,35 @@ MUTANTS = (
         "if any(_digest(row) in known for row in ours):",
         "if False:",
         (LAYERWISE,),
+    ),
+    # sparsification
+    Mutant(
+        "the mask is drawn from the data",
+        "mechanism/sparsification.py",
+        "            places = self._places[name].to(gradient.device)",
+        "            places = gradient.flatten(1).abs().sum(0).topk(len(self._places[name])).indices",
+        (SPARSIFICATION,),
+    ),
+    Mutant(
+        "another mask for the norms than for the sums",
+        "gradients/terms.py",
+        "return Outer(self.left.index_select(2, rows.to(self.left.device)), self.right)",
+        "return Outer(self.left[:, :, : len(rows)], self.right)",
+        (SPARSIFICATION,),
+    ),
+    Mutant(
+        "masked look-ups stay in the sum",
+        "gradients/terms.py",
+        "self.right.masked_fill((found < 0)[..., None], 0)",
+        "self.right",
+        (SPARSIFICATION,),
+    ),
+    Mutant(
+        "the mask is drawn with secret randomness",
+        "mechanism/sparsification.py",
+        "drawn = torch.randperm(units, generator=generator)[:kept].sort().values",
+        "drawn = torch.randperm(units)[:kept].sort().values",
+        (SPARSIFICATION,),
     ),
     # normalization
     Mutant(

@@ -93,7 +93,7 @@ class Scope:
             if not self._collector.backward:
                 raise NotCoveredError("the model takes a gradient in its forward pass")
             for weight, term in terms(gradient, *kept):
-                self._collector.deliver(weight, term.folded(self._collector.folding))
+                self._collector.deliver(weight, term)
 
         kept = (tensor.detach() for tensor in saved)
         caught: Tensor = _Catch.apply(self._anchor, output, arrived, *kept)  # type: ignore[no-untyped-call]
@@ -117,7 +117,7 @@ class Scope:
                 if not self._collector.backward:
                     raise NotCoveredError("the model takes a gradient in its forward pass")
                 term = Rows(self.factored(gradient.reshape(rows, *weight.tensor.shape)))
-                self._collector.deliver(weight, term.folded(self._collector.folding))
+                self._collector.deliver(weight, term)
 
             copied = weight.detached.expand(rows, *weight.tensor.shape)
             copied = copied.reshape(-1) if flat else copied

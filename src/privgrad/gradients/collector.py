@@ -73,6 +73,7 @@ class Collector:
         self._open = dict(enumerate(map(len, request.blocks)))
         self._ready: list[int] = []
         self._waiting = 0
+        self._rows = {name: rows for name in parameters if (rows := request.encoding.rows(name)) is not None}
         self._native = _native(request, parameters)
 
     def expect(self, weight: Weight) -> None:
@@ -91,8 +92,8 @@ class Collector:
                 self._open[self._column[name]] -= 1
 
     def deliver(self, weight: Weight, term: Term) -> None:
-        """One use's term, of units, with every row's factor in it."""
-        weight.terms.append(term)
+        """One use's term, of rows, with every row's factor in it."""
+        weight.terms.append(self._cut(weight, term).folded(self.folding))
         if weight.name in self._native and len(weight.terms) == weight.expected:
             self._complete(weight)
 
@@ -105,6 +106,11 @@ class Collector:
                 self._complete(self.parameters[name])
         self._encode()
         self._settle(list(self._open))
+
+    def _cut(self, weight: Weight, term: Term) -> Term:
+        """What the encoding wants of a parameter's term."""
+        rows = None if weight.name is None else self._rows.get(weight.name)
+        return term if rows is None else term.cut(rows)
 
     def _complete(self, weight: Weight) -> None:
         assert weight.name is not None
@@ -142,7 +148,7 @@ class Collector:
         )
         for parent, part in zip(weight.parents, parts, strict=True):
             if part is not None:
-                parent.terms.append(Rows(wide(part)))
+                parent.terms.append(self._cut(parent, Rows(wide(part))))
 
     def _encode(self) -> None:
         """Parameters that the encoding wants coordinate by coordinate."""
@@ -219,12 +225,13 @@ class Collector:
 
 
 def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The parameters that are slots of their own: the encoding leaves them as they are."""
+    """The parameters that are slots of their own: the encoding leaves them as they are, or takes rows of them."""
     if isinstance(request.encoding, Identity):
         return set(parameters)
     slots = request.encoding.slots()
     return {
         name
         for name, parameter in parameters.items()
-        if request.encoding.need(name) == Need.NORMS and slots.get(name) == parameter.shape
+        if request.encoding.need(name) is Need.ROWS
+        or (request.encoding.need(name) is Need.NORMS and slots.get(name) == parameter.shape)
     }

@@ -58,7 +58,7 @@ class Need(IntEnum):
     NORMS = 0
     """Norms and weighted sums only: nothing need be materialised."""
     ROWS = 1
-    """Some rows of the weight only: the others are never computed."""
+    """Some rows (first index) of the parameter only: the others need never be computed. The slot has the parameter's name."""
     COORDINATES = 2
     """Every coordinate of every unit's gradient: [units, *shape]."""
 
@@ -74,8 +74,12 @@ class Encoding(Protocol):
         """What the map needs of one parameter."""
         ...
 
+    def rows(self, parameter: str) -> Tensor | None:
+        """The rows of a parameter with `Need.ROWS`, increasing; None for others."""
+        ...
+
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Unit gradients {parameter: [units, *shape]} to unit vectors {slot: [units, *slot shape]}."""
+        """Unit gradients {parameter: [units, *shape]}, of some or all, to unit vectors {slot: [units, *slot shape]}."""
         ...
 
     def decode(self, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -94,6 +98,9 @@ class Identity:
 
     def need(self, parameter: str) -> Need:
         return Need.NORMS
+
+    def rows(self, parameter: str) -> Tensor | None:
+        return None
 
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return gradients

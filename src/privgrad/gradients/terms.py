@@ -79,6 +79,10 @@ class Term(Protocol):
         """[*shape]: the sum of weights [units] times gradients; units in the mask `dropped` are selected out, not multiplied."""
         ...
 
+    def cut(self, rows: Tensor) -> Term:
+        """Some rows (first index of the parameter) of the gradients only."""
+        ...
+
     def folded(self, folding: Folding) -> Term:
         """From rows to units."""
         ...
@@ -123,6 +127,9 @@ class Rows:
         flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
         return weighted_sum(weights.to(flat), flat, cap).view(self.gradient.shape[1:])
 
+    def cut(self, rows: Tensor) -> Rows:
+        return Rows(self.gradient.index_select(1, rows.to(self.gradient.device)))
+
     def folded(self, folding: Folding) -> Rows:
         return Rows(folding.sum(self.gradient))
 
@@ -153,6 +160,9 @@ class Outer:
         else:
             right = right * factor
         return left.flatten(0, 1).T @ right.flatten(0, 1)
+
+    def cut(self, rows: Tensor) -> Outer:
+        return Outer(self.left.index_select(2, rows.to(self.left.device)), self.right)
 
     def folded(self, folding: Folding) -> Term:
         if folding.each == 1:
@@ -197,6 +207,12 @@ class Lookup:
         table = right.new_zeros(self.count, right.shape[2])
         return table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
 
+    def cut(self, rows: Tensor) -> Lookup:
+        places = torch.full((self.count,), -1, device=self.index.device)
+        places[rows.to(self.index.device)] = torch.arange(len(rows), device=self.index.device)
+        found = places[self.index]
+        return Lookup(found.clamp(min=0), self.right.masked_fill((found < 0)[..., None], 0), len(rows))
+
     def folded(self, folding: Folding) -> Term:
         if folding.each == 1:
             return self
@@ -235,6 +251,9 @@ class Sum:
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         return reduce(torch.add, (term.weighted_sum(weights, dropped) for term in self.terms))
+
+    def cut(self, rows: Tensor) -> Term:
+        return combined([term.cut(rows) for term in self.terms])
 
     def folded(self, folding: Folding) -> Term:
         return combined([term.folded(folding) for term in self.terms])

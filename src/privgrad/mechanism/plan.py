@@ -28,6 +28,7 @@ from privgrad.mechanism.sampling import (
     ShuffledBatches,
     TruncatedPoissonSampling,
 )
+from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
 from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
@@ -46,7 +47,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
         for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
     },
     "groups": {"random": RandomGroups},
-    "compression": {},
+    "compression": {RandomSparsification.kind: RandomSparsification},
     "clipping": {
         stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping, CoordinateClipping)
     },

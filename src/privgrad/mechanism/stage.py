@@ -30,14 +30,18 @@ class PublicView:
     """Everything that a stage may look at between two steps. No private data is reachable from it.
 
     model: at the released weights. loss_fn: as given by the user. public: the public data set, or None.
-    step: steps charged so far. generator: public randomness, the same for everyone who knows the plan. norms: of PUBLIC rows (a
-    tree of tensors): [units, blocks], of the plan's kind of units, encoding and blocks.
+    step: steps charged so far; steps: of the whole plan; epoch: round(1/q) of them. shapes: of the trainable parameters.
+    generator: public randomness, the same for everyone who knows the plan. norms: of PUBLIC rows (a tree of tensors): [units,
+    blocks], of the plan's kind of units, encoding and blocks.
     """
 
     model: nn.Module
     loss_fn: LossFn
     public: Any
     step: int
+    steps: int
+    epoch: int
+    shapes: Mapping[str, torch.Size]
     generator: torch.Generator
     norms: Callable[[Tree], Tensor]
 

@@ -176,7 +176,15 @@ class StepRunner:
         mixed = hashlib.sha256(f"{self._event!r}:{self.plan.steps}:{step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
         return PublicView(
-            self.model, self.loss_fn, self.public, step, generator, lambda rows: self._public_norms(rows, generator)
+            self.model,
+            self.loss_fn,
+            self.public,
+            step,
+            self.plan.steps,
+            max(1, self.plan.sampling.steps_in(1.0)),
+            self._shapes,
+            generator,
+            lambda rows: self._public_norms(rows, generator),
         )
 
     def _encode(self) -> Encoding:

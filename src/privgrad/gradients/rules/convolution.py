@@ -93,6 +93,13 @@ class Convolution:
         weight = inputs.new_empty(1).expand(self.geometry.shape)
         return _weight_gradient(inputs, gradient * factor, weight, self.geometry, self.geometry.groups)
 
+    def cut(self, rows: Tensor) -> Term:
+        if self.geometry.groups > 1:
+            return Rows(self.dense()).cut(rows)
+        gradient = self.gradient.index_select(1, rows.to(self.gradient.device))
+        shape = torch.Size([len(rows), *self.geometry.shape[1:]])
+        return replace(self, gradient=gradient, geometry=replace(self.geometry, shape=shape))
+
     def folded(self, folding: Folding) -> Term:
         if folding.each is None:
             return Rows(folding.sum(self.dense()))
