@@ -238,9 +238,9 @@ MUTANTS = (
     ),
     Mutant(
         "rows of one unit are clipped one by one in one pass",
-        "gradients/catching.py",
-        "self._collector.deliver(weight, term.folded(self._collector.folding))\n\n        kept",
-        "self._collector.deliver(weight, term)\n\n        kept",
+        "gradients/collector.py",
+        "weight.terms.append(self._cut(weight, term).folded(self.folding))",
+        "weight.terms.append(self._cut(weight, term))",
         (FOLDS,),
     ),
     Mutant(
@@ -275,8 +275,8 @@ MUTANTS = (
     Mutant(
         "encoded parameters are summed as they are",
         "gradients/collector.py",
-        "        if request.encoding.need(name) == Need.NORMS and slots.get(name) == parameter.shape\n",
-        "        if slots.get(name, parameter.shape) == parameter.shape\n",
+        "or (request.encoding.need(name) is Need.NORMS and slots.get(name) == parameter.shape)",
+        "or slots.get(name, parameter.shape) == parameter.shape",
         (ENCODED,),
     ),
     Mutant(
