@@ -22,6 +22,9 @@ from privgrad.privacy.ledger import Ledger
 Step = Callable[[], None]
 LEARNING_RATE = 0.1
 GROUP_SIZE = 32
+SPARSE = pg.RandomSparsification(final_ratio=0.9, ramp=False, structure="rows")
+BARE = pg.RandomSparsification(final_ratio=0.999, ramp=False, structure="rows")
+"""Hardly a row is left: what a private step costs without weight gradients, norms and noise."""
 
 
 class SkippedError(Exception):
@@ -128,6 +131,8 @@ ENGINES: dict[str, Callable[[Bench], Step]] = {
     "privgrad-flat": private,
     "privgrad-layerwise": lambda bench: private(bench, clipping=pg.LayerwiseClipping()),
     "privgrad-group": grouped,
+    "privgrad-sparse": lambda bench: private(bench, compression=SPARSE),
+    "privgrad-bare": lambda bench: private(bench, compression=BARE),
     "privgrad-unnoised": unnoised,
     "vmap": lambda bench: private(bench, VmapEngine()),
     "opacus-hooks": lambda bench: opacus(bench, ghost=False),
