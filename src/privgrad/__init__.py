@@ -9,6 +9,7 @@ from privgrad.errors import PrivgradError, RefusedError, VerificationError
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
+from privgrad.mechanism.mixing import ModelMix
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import (
@@ -42,6 +43,7 @@ __all__ = [
     "GaussianNoise",
     "LayerwiseClipping",
     "Ledger",
+    "ModelMix",
     "Plan",
     "PoissonSampling",
     "Private",

@@ -173,7 +173,7 @@ def test_a_sampling_rate_takes_the_place_of_the_batch_size() -> None:
         ("[plan.thresholds]\nkind = 'public'", "needs public data", "[public] source"),
         ("[plan.noise]\nallocation = 'perlayer'", "noise.allocation is 'perlayer'", "'per_layer'"),
         ("[plan.clipping]\nkind = 'layerwise'\nblocks = 'tensors'", "clipping.blocks is 'tensors'", "'tensor'"),
-        ("[plan.mixing]\nkind = 'modelmix'", "plan.mixing.kind is 'modelmix'", "none in this version"),
+        ("[plan.mixing]\nkind = 'model_mix'", "plan.mixing.kind is 'model_mix'", "'modelmix'"),
         ("[privacy]\nadjacency = 'zeroout'", "'zeroout'", "'zero_out'"),
         ("[privacy]\naccountant = 'pdl'", "'pdl'", "'pld'"),
         ("[data]\nsource = 'digitz'", "data.source is 'digitz'", "'digits'"),

@@ -117,18 +117,22 @@ class MidpointMixing(Stage):
     """Makes the release the weights: a uniform point between the last two released weights, less the noised step."""
 
     kind: ClassVar[str] = "midpoint"
+    width_ratio: ClassVar[float] = 0.0
+
+    def check(self, plan: object) -> None:
+        """Whatever it does is post-processing of the Gaussian."""
 
     def init(self, shapes: Mapping[str, torch.Size]) -> State:
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     def mix(
         self, state: State, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], rate: float, source: Source
-    ) -> Mapping[str, Tensor]:
+    ) -> tuple[Mapping[str, Tensor], State]:
         mixed = {}
         for name, now in weights.items():
             share = source.integers(now.numel(), 2**20).view(now.shape) / 2**20
             mixed[name] = state[name] + share * (now - state[name]) - rate * update[name]
-        return mixed
+        return mixed, state
 
     def update(self, state: State, release: Release) -> State:
         return {name: value.clone() for name, value in release.weights.items()}

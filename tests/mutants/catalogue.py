@@ -10,6 +10,8 @@ ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_t
 FAULTS = "tests/faults/test_faults.py"
 GROUPS = "tests/mechanism/test_groups.py"
 LAYERWISE = "tests/mechanism/test_layerwise.py"
+MIXED = "tests/privacy/test_mixed.py"
+MIXING = "tests/mechanism/test_mixing.py"
 SPARSIFICATION = "tests/mechanism/test_sparsification.py"
 PUBLIC_NORM = "tests/nn/test_public_norm.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
@@ -722,6 +724,70 @@ MUTANTS = (
         "if any(_digest(row) in known for row in ours):",
         "if False:",
         (LAYERWISE,),
+    ),
+    # mixing
+    Mutant(
+        "no width where the weights coincide",
+        "mechanism/mixing.py",
+        ".floor_().clamp_(min=1.0)",
+        ".floor_()",
+        (MIXING,),
+    ),
+    Mutant(
+        "a width that is no whole number of tau",
+        "mechanism/mixing.py",
+        "(gap.abs() / width).floor_()",
+        "(gap.abs() / width)",
+        (MIXING,),
+    ),
+    Mutant(
+        "biases are not mixed",
+        "mechanism/mixing.py",
+        ".clamp_(min=1.0).mul_(width)",
+        ".clamp_(min=1.0).mul_(width if now.dim() > 1 else 0.0)",
+        (MIXING,),
+    ),
+    Mutant(
+        "momentum under mixing",
+        "training/private.py",
+        'plain = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")',
+        'plain = ("weight_decay", "dampening", "nesterov", "maximize")',
+        (MIXING,),
+    ),
+    Mutant(
+        "groups are mixed as if they were units",
+        "mechanism/plan.py",
+        "presence_distance(Bound.ball(self.clipping.max_norm), grouped=self.groups is not None)",
+        "presence_distance(Bound.ball(self.clipping.max_norm), grouped=False)",
+        (MIXING,),
+    ),
+    Mutant(
+        "a coordinate is believed to move less than it does",
+        "mechanism/plan.py",
+        "self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 1.0",
+        "4 * self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 4.0",
+        (MIXING,),
+    ),
+    Mutant(
+        "mixing under any clipping",
+        "mechanism/mixing.py",
+        "if type(plan.clipping) not in (FlatClipping, CoordinateClipping):",
+        "if False:",
+        (MIXING,),
+    ),
+    Mutant(
+        "the supremum is looked for at the largest shift only",
+        "privacy/mixed.py",
+        "        if not active.any():",
+        "        if True:",
+        (MIXED,),
+    ),
+    Mutant(
+        "the expansion of the sample stops early",
+        "privacy/mixed.py",
+        "logsumexp(chances + bounds[: order + 1])) / (order - 1)",
+        "logsumexp(chances + numpy.minimum(bounds[: order + 1], bounds[2]))) / (order - 1)",
+        (MIXED,),
     ),
     # sparsification
     Mutant(

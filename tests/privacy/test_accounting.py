@@ -19,6 +19,7 @@ from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import (
     _SERIALISED,
     Accountant,
+    MixedGaussianDpEvent,
     Sampled,
     Sampler,
     compose,
@@ -139,6 +140,7 @@ ONE_OF_EACH_KIND: dict[str, DpEvent] = {
     "sampled_without_replacement": dp_accounting.SampledWithoutReplacementDpEvent(
         20, 4, dp_accounting.GaussianDpEvent(2.0)
     ),
+    "mixed_gaussian": MixedGaussianDpEvent(2.0, 20.0, 9.0),
 }
 
 
@@ -153,6 +155,7 @@ COMPOSED = [
     *[(kind, ZERO_OUT, accountant) for kind in ("gaussian", "poisson_sampled") for accountant in Accountant],
     *[(kind, NeighboringRelation.REPLACE_ONE, Accountant.PLD) for kind in ("gaussian", "poisson_sampled")],
     ("truncated_poisson_gaussian", ZERO_OUT, Accountant.PLD),
+    ("mixed_gaussian", ZERO_OUT, Accountant.RDP),
     ("sampled_without_replacement", NeighboringRelation.REPLACE_ONE, Accountant.RDP),
 ]
 

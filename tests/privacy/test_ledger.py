@@ -285,6 +285,7 @@ def test_the_good_ones_are_read():
     assert all(event_to_json(event_from_json(event)) == event for event in (GOOD_TRUNCATED, GOOD_FIXED, GOOD_EVENT))
 
 
+GOOD_MIXED = {"kind": "mixed_gaussian", "noise_multiplier": 1.0, "width": 3.0, "p": 4.0}
 BAD_EVENTS = [
     None,
     "gaussian",
@@ -323,6 +324,9 @@ BAD_EVENTS = [
     ],
     {**GOOD_FIXED, "sample_size": 11},
     {**GOOD_FIXED, "event": GOOD_EVENT},
+    *[{**GOOD_MIXED, key: bad} for key in ("noise_multiplier", "width", "p") for bad in (0, -1.0, True, "4", None)],
+    {**GOOD_MIXED, "p": 0.5},
+    {**GOOD_EVENT, "event": {**GOOD_MIXED, "p": 0.999}},
 ]
 
 
@@ -456,6 +460,7 @@ def test_every_kind_of_event_has_its_bad_examples():
     """A new kind of event needs its lines in BAD_EVENTS."""
     assert set(_SERIALISED) == {
         "gaussian",
+        "mixed_gaussian",
         "poisson_sampled",
         "truncated_poisson_gaussian",
         "sampled_without_replacement",

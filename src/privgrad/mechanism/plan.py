@@ -20,6 +20,7 @@ from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
+from privgrad.mechanism.mixing import ModelMix
 from privgrad.mechanism.noise import SECRET, GaussianNoise
 from privgrad.mechanism.sampling import (
     FixedSizeSampling,
@@ -37,8 +38,9 @@ from privgrad.privacy.accounting import MOST_STEPS, Precision
 from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
 from privgrad.privacy.calibration import calibrate
 from privgrad.privacy.certificate import PlanFacts
-from privgrad.privacy.events import Accountant, Sampled, compose, relation, step_event
+from privgrad.privacy.events import Accountant, Mixed, Sampled, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
+from privgrad.privacy.sensitivity import Bound, presence_distance
 
 KINDS: dict[str, dict[str, type[Any]]] = {
     "protects": {"example": Example, "user": User},
@@ -53,7 +55,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
     },
     "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
     "noise": {"gaussian": GaussianNoise},
-    "mixing": {},
+    "mixing": {ModelMix.kind: ModelMix},
     "statistics": {PublicStatistics.kind: PublicStatistics},
 }
 """What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
@@ -120,6 +122,8 @@ class Plan:
                 "empty: take at most as many groups, or clip each unit (no groups)"
             )
         self.sampling.check(self.adjacency)
+        if self.mixing is not None:
+            self.mixing.check(self)
         if self.sampling.sampled is not None:
             relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)
             _ = self.words  # the certificate's: a stage without them is found now, and not after the training
@@ -154,7 +158,16 @@ class Plan:
             self.accountant,
             multiplier=self.noise.multiplier,
             grouped=self.groups is not None,
+            mixed=self._mixed(),
         )
+
+    def _mixed(self) -> Mixed | None:
+        """The uniform noise of mixing on the clipped sum, in units of what one record can move it by."""
+        if self.mixing is None or not isinstance(self.clipping, FlatClipping) or self.mixing.width_ratio == 0:
+            return None  # without a uniform of known width, mixing is post-processing of the Gaussian
+        distance = presence_distance(Bound.ball(self.clipping.max_norm), grouped=self.groups is not None)
+        width = self.mixing.width_ratio * self.divisor / distance
+        return Mixed(width, self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 1.0)
 
     def events(self, steps: int | None = None) -> Counter[DpEvent]:
         """The events of the first `steps` steps (all of them by default), and how often each is charged."""

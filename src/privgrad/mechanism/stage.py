@@ -203,7 +203,16 @@ class Noise(Protocol):
 
 @runtime_checkable
 class Mixing(Protocol):
-    """Makes the release the weights."""
+    """Makes the release the weights. It moves them itself: the optimizer gives the learning rate and nothing else."""
+
+    @property
+    def width_ratio(self) -> float:
+        """tau / eta: the width of the uniform in units of the mean gradient."""
+        ...
+
+    def check(self, plan: Any) -> None:
+        """Refuse a plan (`mechanism.plan.Plan`) that the accountant of mixing does not cover."""
+        ...
 
     def mix(
         self,
@@ -212,8 +221,8 @@ class Mixing(Protocol):
         update: Mapping[str, Tensor],
         rate: float,
         source: Source,
-    ) -> Mapping[str, Tensor]:
-        """New weights from the released ones, the noised mean gradient and the learning rate."""
+    ) -> tuple[Mapping[str, Tensor], State]:
+        """New weights, and the state after them, from the released ones, the noised mean gradient and the learning rate."""
         ...
 
 

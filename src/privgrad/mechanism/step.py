@@ -6,6 +6,7 @@ sample --groups--> fold --engine, encoding, clipping--> ClippedSum --ledger, noi
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,10 @@ class StepRunner:
         if trainable(self.model).keys() != self._parameters.keys():
             raise PrivgradError(
                 "the set of trainable parameters changed during training (requires_grad); it is fixed when training starts"
+            )
+        if self.plan.mixing is not None and not (rate is not None and 0 < rate < math.inf):
+            raise PrivgradError(
+                f"the learning rate is {rate}; mixing needs one above 0, of which the width of its noise is a multiple"
             )
         sums = self.clipped_sum(batch, fold)
         if self.reduce is not None:
@@ -228,10 +233,11 @@ class StepRunner:
         }
         if self.plan.mixing is None:
             return Release(noised.receipt, self.plan.divisor, update=mean, side=side)
-        if rate is None:
-            raise PrivgradError("mixing needs the learning rate of the step")
+        assert rate is not None
         weights = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        mixed = self.plan.mixing.mix(self.states["mixing"], weights, mean, rate, self._mixing.at(noised.receipt.step))
+        source = self._mixing.at(noised.receipt.step)
+        mixed, state = self.plan.mixing.mix(self.states["mixing"], weights, mean, rate, source)
+        self.states = {**self.states, "mixing": state}
         return Release(noised.receipt, self.plan.divisor, weights=mixed, side=side)
 
 

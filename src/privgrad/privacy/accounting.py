@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
+from typing import Any
 
 import attr
 import dp_accounting
@@ -21,10 +22,11 @@ import numpy
 from absl import logging as absl_logging
 from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from privgrad.errors import PrivgradError, check_number
-from privgrad.privacy.events import Accountant
+from privgrad.privacy import mixed
+from privgrad.privacy.events import Accountant, MixedGaussianDpEvent
 
 
 class Precision(Enum):
@@ -214,6 +216,65 @@ def _trivial(event: DpEvent) -> float | None:
     return None
 
 
+def _mixes(event: DpEvent) -> bool:
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return any(_mixes(part) for part in event.events)
+    if isinstance(event, dp_accounting.SelfComposedDpEvent | dp_accounting.PoissonSampledDpEvent):
+        return _mixes(event.event)
+    return isinstance(event, MixedGaussianDpEvent)
+
+
+def _unmixed(event: DpEvent) -> DpEvent:
+    """The event without the uniform noise of mixing, which is post-processing: that can only raise epsilon."""
+    if isinstance(event, MixedGaussianDpEvent):
+        return dp_accounting.GaussianDpEvent(event.noise_multiplier)
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return dp_accounting.SelfComposedDpEvent(_unmixed(event.event), event.count)
+    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+        return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, _unmixed(event.event))
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return dp_accounting.ComposedDpEvent(tuple(_unmixed(part) for part in event.events))
+    return event
+
+
+def _mixed_rdp(event: DpEvent, count: int = 1) -> numpy.ndarray[Any, Any] | None:
+    """RDP at `mixed.ORDERS`; None where another event is part of it."""
+    if isinstance(event, dp_accounting.NoOpDpEvent):
+        return numpy.zeros(len(mixed.ORDERS))
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return _mixed_rdp(event.event, event.count * count)
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        parts = [_mixed_rdp(part, count) for part in event.events]
+        known = [part for part in parts if part is not None]
+        return sum(known, start=numpy.zeros(len(mixed.ORDERS))) if len(known) == len(parts) else None
+    sampled = isinstance(event, dp_accounting.PoissonSampledDpEvent)
+    rate, inner = (event.sampling_probability, event.event) if sampled else (1.0, event)
+    if not isinstance(inner, MixedGaussianDpEvent):
+        return None
+    return count * mixed.rdp(rate, inner.noise_multiplier, inner.width, 1 / math.sqrt(inner.p))
+
+
+_TIGHTER_BY_PLD = 4.0
+"""PLD is never this many times below RDP; so much above another bound, it need not be asked."""
+
+
+def _mixed_epsilon(
+    event: DpEvent, delta: float, relation: NeighboringRelation, accountant: Accountant, precision: Precision
+) -> float:
+    """The smaller of two upper bounds: with the uniform noise by its own accountant, and without it."""
+    plain = _unmixed(event)
+    divergences = _mixed_rdp(event)
+    if divergences is None:
+        return epsilon(plain, delta, relation, accountant, precision)
+    with numpy.errstate(all="ignore"):
+        found = float(compute_epsilon([float(order) for order in mixed.ORDERS], divergences, delta)[0])
+    if not found <= _LARGEST_EPSILON:
+        found = math.inf
+    if _trivial(plain) is not None or 0 < _TIGHTER_BY_PLD * found < _rdp(_bounded(plain), delta, relation):
+        return found
+    return min(found, epsilon(plain, delta, relation, accountant, precision))
+
+
 @lru_cache(maxsize=256)
 def epsilon(
     event: DpEvent,
@@ -230,6 +291,8 @@ def epsilon(
         PrivgradError: delta outside (0, 1).
     """
     check_number("delta", delta, above=0, below=1)
+    if _mixes(event):
+        return _mixed_epsilon(event, delta, relation, accountant, precision)
     trivial = _trivial(event)
     if trivial is not None:
         return trivial
@@ -260,6 +323,7 @@ def attack_success(
     bound; (epsilon, delta) itself gives TV <= (e^eps - 1 + 2 delta) / (e^eps + 1). The smaller of the two holds.
     """
     proven = epsilon(event, delta, relation, accountant, precision)
+    event = _unmixed(event)  # the uniform noise is post-processing: an upper bound
     advantage = 1.0 if math.isinf(proven) else math.tanh(proven / 2) + 2 * delta / (math.exp(min(proven, 700)) + 1)
     if accountant is Accountant.PLD and _trivial(event) is None:
         composed = _pld(_bounded(event), delta, relation, precision)

@@ -61,6 +61,26 @@ class Sampled:
     batch_size: int | None = None
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Uniform noise in every coordinate, beside the Gaussian. width: in units of R. No coordinate moves beyond R / sqrt(p)."""
+
+    width: float
+    p: float
+
+
+@attr.s(frozen=True, slots=True, auto_attribs=True)
+class MixedGaussianDpEvent(DpEvent):  # type: ignore[misc]  # dp-accounting has no types
+    """A Gaussian mechanism with independent uniform noise of `width` in every coordinate (`privacy.mixed`).
+
+    Two neighbours differ by at most 1 in l2 norm and by at most 1 / sqrt(p) in every coordinate.
+    """
+
+    noise_multiplier: float
+    width: float
+    p: float
+
+
 _PLD, _RDP = Accountant.PLD, Accountant.RDP
 
 _TABLE: dict[tuple[Sampler, Adjacency], tuple[NeighboringRelation, tuple[Accountant, ...]]] = {
@@ -110,9 +130,15 @@ def relation(sampler: Sampler, adjacency: Adjacency, accountant: Accountant) -> 
 
 
 def step_event(
-    sampled: Sampled, adjacency: Adjacency, accountant: Accountant, *, multiplier: float, grouped: bool = False
+    sampled: Sampled,
+    adjacency: Adjacency,
+    accountant: Accountant,
+    *,
+    multiplier: float,
+    grouped: bool = False,
+    mixed: Mixed | None = None,
 ) -> DpEvent:
-    """The event of ONE step whose joint noise multiplier is z = s / R (`privacy.sensitivity`).
+    """The event of ONE step whose joint noise multiplier is z = s / R (`privacy.sensitivity`). mixed: noise of mixing beside it.
 
     Guarantee: the divergence between the step's outputs on two neighbours is at most that of the event under
     `relation(...)`, by the rows of the table in docs/guarantees/dp_sgd.md. Noise 0 is NonPrivateDpEvent (epsilon is infinite).
@@ -123,6 +149,13 @@ def step_event(
     relation(sampled.sampler, adjacency, accountant)
     if multiplier == 0:
         return dp_accounting.NonPrivateDpEvent()
+    if mixed is not None:
+        inner = MixedGaussianDpEvent(multiplier, mixed.width, mixed.p)
+        if adjacency is not Adjacency.REPLACE_ONE and sampled.sampler is Sampler.POISSON:
+            return dp_accounting.PoissonSampledDpEvent(sampled.rate, inner)
+        if adjacency is not Adjacency.REPLACE_ONE and sampled.sampler is Sampler.FULL_BATCH:
+            return inner
+        raise RefusedError(f"mixing is not proven for {sampled.sampler} sampling under {adjacency}")
     doubled = multiplier / replacement_factor(grouped=grouped)
     match sampled.sampler:
         case Sampler.POISSON:
@@ -151,6 +184,7 @@ def compose(events: Mapping[DpEvent, int]) -> DpEvent:
 
 _SERIALISED: dict[str, type[DpEvent]] = {
     "gaussian": dp_accounting.GaussianDpEvent,
+    "mixed_gaussian": MixedGaussianDpEvent,
     "poisson_sampled": dp_accounting.PoissonSampledDpEvent,
     "truncated_poisson_gaussian": dp_accounting.TruncatedSubsampledGaussianDpEvent,
     "sampled_without_replacement": dp_accounting.SampledWithoutReplacementDpEvent,
@@ -192,7 +226,7 @@ def event_from_json(data: object, *, sampled: bool = False) -> DpEvent:
     if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
         raise VerificationError(f"unknown event {_shown(data)}; expected an object with a 'kind'")
     kind = data["kind"]
-    known = ["gaussian"] if sampled else list(_SERIALISED)
+    known = ["gaussian", "mixed_gaussian"] if sampled else list(_SERIALISED)
     if kind not in known:
         raise VerificationError(
             f"unknown event {kind!r}{' inside a sample' if sampled else ''}; {nearest(kind, known)}"
@@ -202,6 +236,8 @@ def event_from_json(data: object, *, sampled: bool = False) -> DpEvent:
     if set(data) - {"kind"} != names:
         raise VerificationError(f"event {kind!r} has the keys {_shown(set(data) - {'kind'})}; expected {sorted(names)}")
     values = {name: _field(kind, name, data[name]) for name in names}
+    if values.get("p", 1.0) < 1:
+        raise VerificationError(f"event {kind!r} has p = {values['p']}; expected at least 1")
     if values.get("sample_size", 1) > values.get("source_dataset_size", math.inf):
         raise VerificationError(f"event {kind!r} samples {values['sample_size']} of {values['source_dataset_size']}")
     return cls(**values)

@@ -242,6 +242,8 @@ def make_private(
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
     _check_optimizer(model, optimizer)
+    if plan.mixing is not None:
+        _check_plain(optimizer)
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
@@ -295,4 +297,21 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
         raise PrivgradError(
             f"the optimizer does not hold {', '.join(missing)}; give it all trainable parameters, or freeze those "
             "(requires_grad = False)"
+        )
+
+
+def _check_plain(optimizer: Optimizer) -> None:
+    """Mixing moves the weights itself, by the learning rate of plain SGD."""
+    first = optimizer.param_groups[0]
+    plain = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
+    if type(optimizer) is not torch.optim.SGD or any(
+        group.get(name) for group in optimizer.param_groups for name in plain
+    ):
+        raise RefusedError(
+            "mixing needs plain SGD without momentum and weight decay: a hidden buffer breaks its composition, and a released "
+            "one undoes the mixing; use torch.optim.SGD(..., lr), and mixing's own decay and momentum"
+        )
+    if any(group["lr"] != first["lr"] for group in optimizer.param_groups):
+        raise RefusedError(
+            "mixing needs one learning rate for all parameters: the width of its noise is a multiple of it"
         )
