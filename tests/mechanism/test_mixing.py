@@ -67,7 +67,7 @@ def test_the_interval_is_a_whole_number_of_widths_and_at_least_one(
     zero = {"w": torch.zeros(count)}
     mixed, state = stage.mix({"w": before}, {"w": now}, zero, rate, source(1, "mixing"))
     tau = ratio * rate
-    length = max(1.0, float((torch.tensor(gap, dtype=torch.float64) / tau).floor())) * tau
+    length = max(1.0, float(((before - now).abs() / tau).floor()[0])) * tau
     places = (mixed["w"] - (now + before) / 2) / length
     assert float(places.abs().max()) <= 0.5 * (1 + 1e-9)
     assert kstest(places.numpy() + 0.5, "uniform").pvalue > 1e-9

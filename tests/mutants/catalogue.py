@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "every tensor gets the same noise",
         "mechanism/noise.py",
-        "            start += value.numel()\n",
-        "",
+        "part.add_(drawn.normal_(buffer[: len(part)]), alpha=by_slot[slot])",
+        "part.add_((drawn.normal_(buffer) if slot == next(iter(by_slot)) else buffer)[: len(part)], alpha=by_slot[slot])",
         (NOISE, FRAME),
     ),
     Mutant(

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.stage import Stage
@@ -35,6 +33,9 @@ ALLOCATIONS: Mapping[str, Callable[[Sequence[float], Sequence[int]], list[float]
     "dimension": _dimension,
 }
 """The parts' standard deviations at z = 1, from how far a record moves each (R_l) and how many coordinates it has (d_l)."""
+
+_STRETCH = 2**18
+"""So many numbers of noise are drawn at once: little memory, and they are added while they are in the cache."""
 
 SECRET: Literal["secret"] = "secret"
 """What a stored plan holds in place of a seed."""
@@ -89,15 +90,16 @@ class GaussianNoise(Stage):
         return scales
 
     def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
-        """Add the noise in place. One draw covers the flat buffer; each slot scales its stretch of it."""
+        """Add the noise in place, a stretch at a time: it is never held as a whole."""
         scales = self.scales(sums)
-        noise = source.at(receipt.step).normal_(torch.empty_like(sums.flat))
-        start = 0
+        drawn = source.at(receipt.step)
+        buffer = sums.flat.new_empty(min(_STRETCH, sums.flat.numel()))
         by_slot = {slot: scales[part.name] for part in sums.parts for slot in part.slots}
         for slot, value in sums.values.items():
-            stretch = noise[start : start + value.numel()]
-            value.view(-1).add_(stretch, alpha=by_slot[slot])
-            start += value.numel()
+            flat = value.view(-1)
+            for first in range(0, len(flat), _STRETCH):
+                part = flat[first : first + _STRETCH]
+                part.add_(drawn.normal_(buffer[: len(part)]), alpha=by_slot[slot])
         return NoisedSum(sums, scales, receipt)
 
     @property

@@ -225,9 +225,10 @@ class StepRunner:
             )
 
     def _last_stage(self, noised: NoisedSum, rate: float | None) -> Release:
+        decoded = self._encoding.decode(noised.of(Consumer.UPDATE))
         mean = {
-            name: value / self.plan.divisor for name, value in self._encoding.decode(noised.of(Consumer.UPDATE)).items()
-        }
+            name: value.div_(self.plan.divisor) for name, value in decoded.items()
+        }  # in place: the sum is done with
         side: dict[Consumer, Mapping[str, Tensor]] = {
             consumer: noised.of(consumer) for consumer in Consumer if consumer is not Consumer.UPDATE
         }
