@@ -132,6 +132,17 @@ def test_an_error_says_which_training_it_is_of(plans: Path, tmp_path: Path) -> N
     assert "privgrad: broken, seed 0: model.name" in said.err
 
 
+def test_a_plan_without_noise_is_compared_and_its_epsilon_is_null(plans: Path, tmp_path: Path) -> None:
+    """JSON knows no infinity; a comparison that ran for hours must not end in a traceback for it."""
+    out = tmp_path / "out"
+    arguments = ("compare", plans / "fast.toml", "--seeds", "1", "--out", out, "--json")
+    for more in ((), ("--resume",)):
+        said = say(*arguments, "--set", "plan.noise.multiplier=0.0", *more)
+        assert said.code == 0, said.err
+        assert said.json["rows"][0]["epsilon"] is None
+    assert "Infinity" not in (out / "results.json").read_text() + (out / "fast" / "seed-0" / "result.json").read_text()
+
+
 def test_rows_are_means_over_seeds() -> None:
     cells = [Cell("a", seed, 1.0 + seed, 1e-5, 10, reached, 4.0) for seed, reached in enumerate((0.5, 0.7, None))]
     (row,) = rows_of([*cells])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
 from privgrad.cli.numbers import Json, Settings
-from privgrad.cli.output import print_json
+from privgrad.cli.output import plain, print_json
 from privgrad.cli.train import run_training
 from privgrad.errors import PrivgradError, check_count, check_number
 from privgrad.files import canonical_json, digest, make_directory, read_json, write_atomically
@@ -135,7 +136,8 @@ def _result_file(directory: Path, plan: str, seed: int) -> Path:
 def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     file = _result_file(directory, plan, seed)
     if file.exists():
-        return Cell(**read_json(file))
+        known = read_json(file)
+        return Cell(**{**known, "epsilon": math.inf if known["epsilon"] is None else known["epsilon"]})
     run = Run(file.parent)
     started = run.ledger.exists()
     before = read_ledger(run.ledger).count if started else 0
@@ -146,7 +148,7 @@ def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     # Where a part was trained before a stop, the time of the rest stands for the whole.
     seconds = (time.monotonic() - begun) * result.steps / max(1, result.steps - before)
     cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, round(seconds, 3))
-    write_atomically(file, json.dumps(asdict(cell)) + "\n")
+    write_atomically(file, json.dumps(plain(asdict(cell))) + "\n")
     return cell
 
 
@@ -162,7 +164,7 @@ def _told(plan: str, seed: int) -> Iterator[None]:
 
 def _write(directory: Path, rows: list[Row], cells: list[Cell]) -> None:
     write_atomically(directory / "results.csv", to_csv(cells))
-    write_atomically(directory / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_atomically(directory / "results.json", json.dumps(plain([asdict(row) for row in rows]), indent=2) + "\n")
     if any(row.mean is not None for row in rows):
         budget = max(row.epsilon for row in rows)
         title = f"{directory.name}: δ = {rows[0].delta:g}, ε at most {round_up(budget, 2)}"

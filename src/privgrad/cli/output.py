@@ -8,8 +8,14 @@ from typing import Any
 
 
 def print_json(values: dict[str, Any]) -> None:
-    """One line of JSON. Infinity, which JSON does not know, becomes null."""
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-    print(json.dumps(plain, allow_nan=False), flush=True)
+    """One line of JSON."""
+    print(json.dumps(plain(values), allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON knows it: infinity, at any depth, becomes null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
