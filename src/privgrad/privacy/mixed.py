@@ -44,9 +44,11 @@ _NARROWEST, _WIDEST = 1e-3, 1e5
 _SMALLEST_SHIFT = 0.015
 """In units of s: where all shifts are smaller, the bound for small shifts is close to the supremum, and serves alone."""
 _TOLERANCE = 2e-4
-"""What the supremum may be overstated by (relative), where so many shifts are enough; the Gaussian's bound where not."""
+"""What the supremum may be overstated by (relative), where the ratio falls fast enough below the largest shift."""
 _COARSE_TOLERANCE, _FEW = 0.015, 4
+"""The same where it does not: for orders whose bound for small shifts is too large at the first few steps down."""
 _GROWTH, _LONGEST = 1.02, 0.006
+"""Of the strides between shifts, which begin with half the tolerance."""
 _LARGEST_EXPONENT = 600.0
 _ROUNDING = 1e-8
 
@@ -75,7 +77,7 @@ def moments(multiplier: float, width: float, cap: float) -> Array:
     enough |= ~enough[:_FEW].any(0) & (small <= target * (1 + _COARSE_TOLERANCE))
     chosen = numpy.where(enough.any(0), enough.argmax(0), len(steps) - 1)
     target = numpy.maximum(target, small[chosen, numpy.arange(len(orders))])
-    # From the largest shift downwards: h(x) rises, so that down to x' = sqrt(h(x) / target) the ratio stays below the target.
+    # From the largest shift downwards: log A_k rises with x, so that down to sqrt(log A_k(x) / target) the ratio is below it.
     following, visits = numpy.sqrt(logs / target), numpy.zeros(len(orders))
     while True:
         active = (following > steps[chosen]) & (target < gaussian)
