@@ -134,3 +134,23 @@ MODELS: dict[str, Bench] = {
     ),
     "transformer": Bench(Transformer, lambda: torch.randint(1000, (32, 128)), 8),
 }
+
+
+def _tower(depth: int, width: int) -> nn.Sequential:
+    """Convolutions of one width, GroupNorm and tanh, and a linear layer."""
+    layers: list[nn.Module] = []
+    for number in range(depth):
+        layers += [nn.Conv2d(width if number else 3, width, 3, padding=1), nn.GroupNorm(4, width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.AvgPool2d(4), nn.Flatten(), nn.Linear(16 * width, 10))
+
+
+def _scale(batch: int, depth: int, width: int) -> Bench:
+    return Bench(lambda: _tower(depth, width), lambda: torch.randn(batch, 3, 16, 16), min(batch, 32))
+
+
+SCALES: dict[str, Bench] = {
+    **{f"batch-{batch}": _scale(batch, 4, 32) for batch in (32, 128, 512)},
+    **{f"depth-{depth}": _scale(128, depth, 32) for depth in (2, 4, 8, 16)},
+    **{f"width-{width}": _scale(128, 4, width) for width in (16, 32, 64, 128)},
+}
+"""One tower, of which one number at a time changes."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.engines import ENGINES, SkippedError
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, SCALES
 
 _STATUS = Path("/proc/self/status")
 
@@ -34,7 +34,7 @@ def main(model: str, engine: str, threads: int) -> None:
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     try:
-        step = ENGINES[engine](MODELS[model])
+        step = ENGINES[engine]({**MODELS, **SCALES}[model])
     except SkippedError as reason:
         print(json.dumps({"skipped": str(reason)}), flush=True)
         return
