@@ -96,7 +96,7 @@ def test_chunked_groups_are_found() -> None:
 def test_local_steps_are_within_the_claim() -> None:
     inside, outside = turned_around()
     audited = plan(pg.RandomGroups(1, local_steps=3, local_rate=0.1))
-    found = audit_step(audited, inside, outside, AXIS, 0.0, trials=1000)
+    found = audit_step(audited, inside, outside, AXIS, 0.0, trials=2500)
     assert found.holds
     assert found.mu_lower_95 >= 0.7
 
