@@ -785,8 +785,8 @@ MUTANTS = (
     Mutant(
         "the expansion of the sample stops early",
         "privacy/mixed.py",
-        "logsumexp(chances + bounds[: order + 1])) / (order - 1)",
-        "logsumexp(chances + numpy.minimum(bounds[: order + 1], bounds[2]))) / (order - 1)",
+        "logsumexp(chances + excess[: len(k)])",
+        "logsumexp(chances + numpy.minimum(excess[: len(k)], excess[0]))",
         (MIXED,),
     ),
     # sparsification

@@ -64,6 +64,18 @@ def test_the_papers_numbers() -> None:
     assert simple_epsilon(p=1)[0] == pytest.approx(450.5, rel=2e-3)
 
 
+@pytest.mark.parametrize("rate", [1e-7, 1e-4, 0.03])
+@pytest.mark.parametrize("multiplier", [0.5, 20.0, 1000.0])
+def test_a_divergence_far_below_rounding_is_not_lost(rate: float, multiplier: float) -> None:
+    # A billion steps of it are something; the terms of the first three orders, written out, are a lower bound of what is told.
+    found = mixed.rdp(rate, multiplier, 1.0, 0.1)
+    excess = numpy.expm1(mixed.moments(multiplier, 1.0, 0.1)[:2])
+    assert found[0] >= math.log1p(rate**2 * excess[0])
+    three = 3 * rate**2 * (1 - rate) * excess[0] + rate**3 * excess[1]
+    assert 2 * found[1] == pytest.approx(math.log1p(three), rel=1e-6)
+    assert 2 * found[1] >= math.log1p(three)
+
+
 def test_it_is_fast() -> None:
     """Counted, not timed: so many integrals, of so many numbers, however long the training is."""
     calls: list[int] = []

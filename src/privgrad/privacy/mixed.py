@@ -101,16 +101,19 @@ def _rounded(bounds: Array, gaussian: Array) -> Array:
 @lru_cache(maxsize=64)
 def rdp(rate: float, multiplier: float, width: float, cap: float) -> Array:
     """RDP at `ORDERS` of one step: Poisson sampling with `rate` of noise as in `moments`."""
-    bounds = numpy.concatenate([[0.0, 0.0], moments(multiplier, width, cap)])
+    # sum_k chance_k A_k = 1 + sum_{k > 1} chance_k (A_k - 1): beside the 1 a small excess would be lost in rounding.
+    bounds = moments(multiplier, width, cap)
+    with numpy.errstate(divide="ignore"):  # where nothing moves, the excess is 0
+        excess = bounds + numpy.log(-numpy.expm1(-bounds))
     found = []
     for order in ORDERS:
-        k = numpy.arange(order + 1)
+        k = numpy.arange(2, order + 1)
         chances = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1) + k * math.log(rate)
         if rate < 1:
             chances += (order - k) * math.log1p(-rate)
         else:
             chances[:-1] = -numpy.inf
-        found.append(max(0.0, logsumexp(chances + bounds[: order + 1])) / (order - 1) * (1 + _ROUNDING))
+        found.append(numpy.logaddexp(0.0, logsumexp(chances + excess[: len(k)])) / (order - 1) * (1 + _ROUNDING))
     return numpy.array(found)
 
 
