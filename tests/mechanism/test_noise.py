@@ -34,6 +34,19 @@ def test_normals_are_normal(make: type[Source]) -> None:
     assert values.unique().numel() > 195_000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 7, 2**16 - 1, 2**16 + 3])
+def test_secure_normals_fill_all_of_any_tensor(dtype: torch.dtype, count: int) -> None:
+    source = SecureSource()
+    values = torch.stack([source.normal_(torch.full((count,), 99.0, dtype=dtype)) for _ in range(4)])
+    assert float(values.abs().max()) < 9
+    assert values.dtype == dtype and values.ne(0).all()
+    assert values.unique().numel() > 0.99 * values.numel(), "numbers repeat"
+    if count > 1000:
+        check_scale(values.flatten(), 1.0)
+        assert kstest(values.flatten().numpy(), "norm").pvalue > 1e-7
+
+
 def test_secure_normals_reach_far_tails() -> None:
     values = SecureSource().normal_(torch.empty(4_000_000))
     assert 4.5 < float(values.abs().max()) < 7.5

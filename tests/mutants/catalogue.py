@@ -620,6 +620,20 @@ MUTANTS = (
         ("tests/training/test_randomness.py",),
     ),
     Mutant(
+        "the noise has no tails",
+        "mechanism/randomness.py",
+        "uniform.log_().mul_(-2)",
+        "uniform.clamp_(min=1e-3).log_().mul_(-2)",
+        (NOISE,),
+    ),
+    Mutant(
+        "angles are the bits of the radii",
+        "mechanism/randomness.py",
+        "halves[2 * pairs : 3 * pairs]",
+        "halves[1 : 2 * pairs : 2]",
+        (NOISE,),
+    ),
+    Mutant(
         "the generators' state tells the size of private batches",
         "training/private.py",
         "        with same_randomness(devices):\n            seed_all",

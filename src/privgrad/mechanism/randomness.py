@@ -51,6 +51,7 @@ class SecureSource:
     def __init__(self) -> None:
         cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16)))
         self._stream = cipher.encryptor()
+        self._scratch: _Scratch | None = None
 
     def at(self, step: int) -> SecureSource:
         return self
@@ -62,14 +63,24 @@ class SecureSource:
             self._fill(flat[first : first + _BLOCK])
         return out
 
-    def _fill(self, out: Tensor) -> Tensor:
-        # Box-Muller in double precision on 53-bit uniforms: tails reach 8.5 sigma, and no value can repeat by rounding.
-        pairs = (out.numel() + 1) // 2
-        uniforms = self._uniforms(2 * pairs)
-        radius = uniforms[:pairs].add_(2.0**-53).log_().mul_(-2).sqrt_()
-        angle = uniforms[pairs:].mul_(2 * math.pi)
-        normals = torch.cat([radius * angle.cos(), radius * angle.sin()])
-        return out.copy_(normals[: out.numel()])
+    def _fill(self, out: Tensor) -> None:
+        # Box-Muller. The logarithm is always of 53 bits and in double precision: tails reach 8.5 sigma. What follows is as wide as
+        # `out`: in single precision it moves a number by 4e-7 of the radius at most, which is what rounding the noised sum does.
+        self._scratch = self._scratch or _Scratch()
+        narrow = out.dtype != torch.float64
+        count = out.numel()
+        pairs = (count + 1) // 2
+        words, halves = self._scratch.words, self._scratch.words.view(torch.int32)
+        self._stream.update_into(self._scratch.zeros[: (12 if narrow else 16) * pairs], self._scratch.raw)
+        # A word is within [-2^63, 2^63], so that this is within [2^-53, 1], and exactly that after rounding.
+        uniform = self._scratch.uniform[:pairs].copy_(words[:pairs]).mul_(2.0**-64).add_(0.5 + 2.0**-53)
+        squared = uniform.log_().mul_(-2)
+        radius = squared.float().sqrt_() if narrow else squared.sqrt_()
+        angle = (halves[2 * pairs : 3 * pairs] if narrow else words[pairs : 2 * pairs]).to(radius.dtype)
+        angle.mul_(math.pi * (2.0**-31 if narrow else 2.0**-63))
+        first, second = out[:pairs], out[pairs:]
+        first.copy_(angle.cos().mul_(radius))
+        second.copy_(angle.sin_().mul_(radius)[: count - pairs])
 
     def coins(self, count: int, probability: float) -> Tensor:
         return _below(self._words(count), probability)
@@ -96,6 +107,16 @@ class SecureSource:
     def _uniforms(self, count: int) -> Tensor:
         """[count] float64, uniform on the multiples of 2^-53 in [0, 1)."""
         return self._words(count).to(torch.float64).mul_(2.0**-53)
+
+
+class _Scratch:
+    """Memory for a block of normals, used again and again. The first words are for radii, the others for angles."""
+
+    def __init__(self) -> None:
+        self.zeros = memoryview(bytes(8 * _BLOCK))
+        self.raw = bytearray(8 * _BLOCK + 15)  # the cipher asks for room for one block more
+        self.words = torch.frombuffer(self.raw, dtype=torch.int64, count=_BLOCK)
+        self.uniform = torch.empty(_BLOCK // 2, dtype=torch.float64)
 
 
 class SeededSource:
