@@ -66,6 +66,7 @@ def private(bench: Bench, engine: Engine | None = None, **stages: Any) -> Step:
     parameters = dict(model.named_parameters())
 
     def step() -> None:
+        optimizer.zero_grad()
         update = runner.release(batch, fold).update or {}
         for name, parameter in parameters.items():
             parameter.grad = update[name]
@@ -85,6 +86,7 @@ def unnoised(bench: Bench, **stages: Any) -> Step:
     fold = Fold.identity(len(batch[0]))
 
     def step() -> None:
+        optimizer.zero_grad()
         sums = runner.clipped_sum(batch, fold)
         for name, parameter in model.named_parameters():
             parameter.grad = sums.values[name].div_(len(batch[0]))

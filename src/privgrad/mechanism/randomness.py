@@ -64,8 +64,8 @@ class SecureSource:
         return out
 
     def _fill(self, out: Tensor) -> None:
-        # Box-Muller. The logarithm is always of 53 bits and in double precision: tails reach 8.5 sigma. What follows is as wide as
-        # `out`: in single precision it moves a number by 4e-7 of the radius at most, which is what rounding the noised sum does.
+        # Box-Muller. The logarithm is always of 53 bits and in double precision: tails reach 8.5 sigma. What follows is as wide
+        # as `out`: in single precision it moves a number by 4e-7 of the radius at most, as rounding the noised sum does.
         self._scratch = self._scratch or _Scratch()
         narrow = out.dtype != torch.float64
         count = out.numel()
@@ -78,9 +78,9 @@ class SecureSource:
         radius = squared.float().sqrt_() if narrow else squared.sqrt_()
         angle = (halves[2 * pairs : 3 * pairs] if narrow else words[pairs : 2 * pairs]).to(radius.dtype)
         angle.mul_(math.pi * (2.0**-31 if narrow else 2.0**-63))
-        first, second = out[:pairs], out[pairs:]
-        first.copy_(angle.cos().mul_(radius))
-        second.copy_(angle.sin_().mul_(radius)[: count - pairs])
+        rest = count - pairs
+        torch.mul(angle.cos(), radius, out=out[:pairs])
+        torch.mul(angle[:rest].sin_(), radius[:rest], out=out[pairs:])
 
     def coins(self, count: int, probability: float) -> Tensor:
         return _below(self._words(count), probability)

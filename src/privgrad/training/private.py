@@ -170,6 +170,8 @@ class Private:
         data = pytree.tree_map(
             lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, data
         )
+        for parameter in self._parameters.values():
+            parameter.grad = None  # the last release is done with: its memory is this step's
         charged = self.ledger.count
         try:
             if self._coupling is not None:
