@@ -61,7 +61,8 @@ def private(bench: Bench, engine: Engine | None = None, **stages: Any) -> Step:
         noise=pg.GaussianNoise(multiplier=1.0),
         **stages,
     )
-    runner = StepRunner(plan, model, pg.supervised(F.cross_entropy), engine or OnePassEngine(), Ledger(plan.terms()))
+    loss = pg.supervised(F.cross_entropy)
+    runner = StepRunner(plan, model, loss, engine or OnePassEngine(), Ledger(plan.terms()), apart=lambda: True)
     fold = Fold.identity(rows)
     parameters = dict(model.named_parameters())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,7 +73,7 @@ class Chunks(Stage):
     def assign(self, fold: Fold, source: Source) -> Fold:
         return Fold(torch.div(fold.index, 2, rounding_mode="floor"), self.count)
 
-    def engine(self) -> Engine:
+    def engine(self, apart: Callable[[], bool]) -> Engine:
         return StreamedEngine(mean=True)
 
 

@@ -9,7 +9,6 @@ from torch.utils.data import TensorDataset
 
 import privgrad as pg
 from privgrad.gradients.contract import Fold
-from privgrad.gradients.streamed import StreamedEngine
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.randomness import source
 from tests.helpers import full_batch_plan, loop_gradients, rows, runner
@@ -187,9 +186,6 @@ def test_more_groups_than_the_batch_has_units_are_refused() -> None:
 
 
 def test_the_engine_of_groups_takes_a_mean() -> None:
-    engine = RandomGroups(2).engine()
-    assert isinstance(engine, StreamedEngine)
-    assert engine.mean
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     batch = images(4)

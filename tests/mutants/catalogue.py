@@ -9,6 +9,7 @@ FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
 FAULTS = "tests/faults/test_faults.py"
 GROUPS = "tests/mechanism/test_groups.py"
+GROUPED = "tests/gradients/test_grouped.py"
 LAYERWISE = "tests/mechanism/test_layerwise.py"
 MIXED = "tests/privacy/test_mixed.py"
 MIXING = "tests/mechanism/test_mixing.py"
@@ -654,6 +655,27 @@ MUTANTS = (
         "drawn = source.integers(fold.units, self.count)",
         "drawn = __import__('torch').arange(fold.units) * self.count // max(1, fold.units)",
         (GROUPS,),
+    ),
+    Mutant(
+        "groups of different sizes: rows overwrite one another",
+        "gradients/terms.py",
+        "(counts.cumsum(0) - counts)[self.index]",
+        "counts.cumsum(0)[self.index].clamp(max=0)",
+        (GROUPED,),
+    ),
+    Mutant(
+        "groups of different sizes: a row has another group's weight",
+        "gradients/terms.py",
+        "weights = weights[self.ragged.index]",
+        "weights = weights[self.ragged.index.flip(0)]",
+        (GROUPED,),
+    ),
+    Mutant(
+        "rows that see one another are taken one by one",
+        "gradients/grouped.py",
+        "if not self._apart():",
+        "if False:",
+        (GROUPED,),
     ),
     Mutant(
         "local steps stay in the weights",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from privgrad.gradients.contract import Identity, Need, Request
 from privgrad.gradients.memory import Workspace
-from privgrad.gradients.terms import Folding, Rows, Term, combined, size, wide
+from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, size, wide
 
 _SMALL = 8192
 """Gradients of so many numbers at most are handled together with the others of their block."""
@@ -188,7 +188,9 @@ class Collector:
             totals = self._totals.pop(column)
             for slot in list(totals):
                 total = totals.pop(slot)
-                if cap is None:
+                if cap is None and isinstance(total, Outer):
+                    self._request.sink.add_product(slot, *total.weighted(weight, dropped))
+                elif cap is None:
                     self._request.sink.add(slot, total.weighted_sum(weight, dropped))
                 else:
                     self._request.sink.add(slot, self._multiplied_out(total).weighted_sum(weight, dropped, cap))

@@ -131,6 +131,10 @@ class Sink(Protocol):
         """Add `value` (the slot's shape) to the slot's sum."""
         ...
 
+    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right, of left [n, p] and right [n, d], to the sum of a slot of shape [p, d]; it need never exist alone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Request:
@@ -192,6 +196,10 @@ class FlatSink:
     def add(self, slot: str, value: Tensor) -> None:
         """Add to a slot's view."""
         self.views[slot] += value
+
+    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
+        """Add a product to a slot's view."""
+        self.views[slot].addmm_(left.T.to(self.flat.dtype), right.to(self.flat.dtype))
 
 
 def accumulation_dtype(model: nn.Module) -> torch.dtype:

@@ -12,6 +12,7 @@ each row's forward sees that row alone; what vmap cannot run is left to slower e
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,6 +72,23 @@ class OnePassEngine:
             except NotCoveredError as reason:
                 self._slower = self._fall_back(module, part, str(reason))
                 self._slower.accumulate(model, loss_fn, part)
+
+    def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request) -> float:
+        """The share of a gradient that would have to exist for a unit of the average size; infinite for a model not covered."""
+        module, parameters = WithLoss(model, loss_fn), trainable(model)
+        alike = max(1, round(len(request.fold.index) / request.fold.units))
+        row = _trial(request)
+        batch = pytree.tree_map(lambda leaf: leaf.expand(alike, *leaf.shape[1:]).clone(), row.batch)
+        trial = replace(row, batch=batch, fold=Fold(torch.zeros(alike, dtype=torch.int64), 1), rule=_Nobody(False))
+        device = next(iter(parameters.values())).device
+        try:
+            with _unmoved_generators(device):
+                most = self._one_pass(module, parameters, trial).most
+        except torch.OutOfMemoryError:
+            raise
+        except (NotCoveredError, RuntimeError):
+            return math.inf
+        return most / (sum(p.numel() for p in parameters.values()) * accumulation_dtype(model).itemsize)
 
     def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> Collector:
         """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
@@ -188,4 +206,7 @@ class _Nowhere:
     """A sink that keeps nothing."""
 
     def add(self, slot: str, value: Tensor) -> None:
+        pass
+
+    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
         pass

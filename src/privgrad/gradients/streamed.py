@@ -22,8 +22,9 @@ from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 class StreamedEngine:
     """A unit's vector is the gradient of the scaled sum (`mean`: of the mean) of its rows' losses, its rows taken together.
 
-    mean: divide by the number of the unit's rows. local_steps: k > 0 makes it the weight change of k steps of SGD with rate
-    `local_rate` on the unit's rows instead. A unit of one row that BatchNorm refuses (one value per channel) goes through twice.
+    mean: divide by the sum of the rows' factors, which is the number of the unit's examples. local_steps: k > 0 makes it the
+    weight change of k steps of SGD with rate `local_rate` on the unit's rows instead. A unit of one row that BatchNorm refuses
+    (one value per channel) goes through twice.
 
     Guarantee: what a unit's vector is depends on its own rows, the weights and fresh randomness only: buffers are as they were
     for every unit, and after the last. A unit without rows contributes nothing; the rule is called once for each other one.
@@ -73,9 +74,12 @@ class StreamedEngine:
         versions = [parameter._version for parameter in module.parameters()]
         with buffers_kept(module), torch.enable_grad():
             losses: Any = module(batch)
+            factors = torch.ones_like(losses)
             if request.fold.scale is not None:
-                losses = losses * request.fold.scale[rows].to(device, losses.dtype)
-            total = losses.mean() if self.mean else losses.sum()
+                factors = request.fold.scale[rows].to(device, losses.dtype)
+            total = (losses * factors).sum()
+            if self.mean:
+                total = total / factors.sum()
         if versions != [parameter._version for parameter in module.parameters()]:
             raise RefusedError(
                 "the model's forward pass changes its own parameters (nn.Embedding with max_norm does): they would be "

@@ -7,7 +7,7 @@ gradients are products of, and multiply it out only where that is cheaper.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from privgrad.gradients.contract import Fold, weighted_sum
 TRUSTED = 1e-4
 """A Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 
+_FILLING = 2.5
+"""So many times their rows may units of different sizes take in a product: beyond it their gradients are multiplied out."""
+
 _TRAFFIC = 96
 """What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
 
@@ -28,22 +31,24 @@ class Folding:
     """A fold on the model's device, and what terms want to know of it.
 
     each: rows per unit where all units have as many; None where they differ.
+    most: rows of the largest unit.
     """
 
     index: Tensor
     units: int
     scale: Tensor | None
     each: int | None
+    most: int
 
     @staticmethod
     def of(fold: Fold, device: torch.device) -> Folding:
         """The fold, moved to the device."""
         if fold.is_identity:
-            return Folding(fold.index, fold.units, None, 1)
+            return Folding(fold.index, fold.units, None, 1, 1)
         counts = fold.index.bincount(minlength=fold.units)
         same = bool((counts == counts[0]).all())
         scale = None if fold.scale is None else fold.scale.to(device)
-        return Folding(fold.index.to(device), fold.units, scale, int(counts[0]) if same else None)
+        return Folding(fold.index.to(device), fold.units, scale, int(counts[0]) if same else None, int(counts.max()))
 
     def scaled(self, gradient: Tensor) -> Tensor:
         """A gradient [rows, ...] with each row's factor."""
@@ -58,6 +63,20 @@ class Folding:
         if self.each is not None:
             return rows.view(self.units, self.each, *rows.shape[1:]).sum(1)
         return rows.new_zeros(self.units, *rows.shape[1:]).index_add_(0, self.index, rows)
+
+    @property
+    def joins(self) -> bool:
+        """True where units are of about the same size, so that `joined` does not fill up too much."""
+        return self.each is not None or self.units * self.most <= _FILLING * len(self.index)
+
+    def joined(self, rows: Tensor) -> Tensor:
+        """[rows, T, ...] to [units, most * T, ...]: a unit's rows side by side, and zeros up to the largest unit's size."""
+        if self.each is None:
+            counts = self.index.bincount(minlength=self.units)
+            within = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[self.index]
+            filled = rows.new_zeros(self.units * self.most, *rows.shape[1:])
+            rows = filled.index_copy_(0, self.index * self.most + within, rows)
+        return rows.reshape(self.units, -1, *rows.shape[2:])
 
 
 Take = Callable[[int, torch.Size, Tensor], Tensor]
@@ -139,45 +158,70 @@ class Rows:
 
 @dataclass
 class Outer:
-    """Sums of outer products: left [units, T, p], right [units, T, d], gradient [p, d] = sum over T of left_t right_t^T."""
+    """Sums of outer products: left [units, T, p], right [units, T, d], gradient [p, d] = sum over T of left_t right_t^T.
+
+    ragged: left and right are still [rows, ...], and this is how they make units of different sizes.
+    """
 
     left: Tensor
     right: Tensor
+    ragged: Folding | None = None
 
     def dense(self) -> Tensor:
-        return torch.bmm(self.left.transpose(1, 2), self.right)
+        units = self.joined()
+        return torch.bmm(units.left.transpose(1, 2), units.right)
+
+    def joined(self) -> Outer:
+        """The same, with one row for every unit."""
+        if self.ragged is None:
+            return self
+        return Outer(self.ragged.joined(self.left), self.ragged.joined(self.right))
 
     def squares(self) -> Tensor:
-        if self.left.shape[1] == 1:
-            return _squares(self.left) * _squares(self.right)
-        return _trusted(_inner(self, self), [self])
+        units = self.joined()
+        if units.left.shape[1] == 1:
+            return _squares(units.left) * _squares(units.right)
+        return _trusted(_inner(units, units), [units])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        left, right = self.weighted(weights, dropped)
+        return left.T @ right
+
+    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """left [n, p] and right [n, d], of which the weighted sum is left^T right."""
+        if self.ragged is not None:
+            weights = weights[self.ragged.index]
+            dropped = None if dropped is None else dropped[self.ragged.index]
         left, right = select(self.left, dropped), select(self.right, dropped)
         factor = weights.to(left).view(-1, 1, 1)
         if left.shape[2] <= right.shape[2]:
             left = left * factor
         else:
             right = right * factor
-        return left.flatten(0, 1).T @ right.flatten(0, 1)
+        return left.flatten(0, 1), right.flatten(0, 1)
 
     def cut(self, rows: Tensor) -> Outer:
-        return Outer(self.left.index_select(2, rows.to(self.left.device)), self.right)
+        return replace(self, left=self.left.index_select(2, rows.to(self.left.device)))
 
     def folded(self, folding: Folding) -> Term:
         if folding.each == 1:
             return self
-        if folding.each is None:
+        if not folding.joins:
             return Rows(folding.sum(self.dense()))
-        left, right = (t.reshape(folding.units, -1, t.shape[2]) for t in (self.left, self.right))
-        return Outer(left, right)
+        return (
+            replace(self, ragged=folding)
+            if folding.each is None
+            else Outer(folding.joined(self.left), folding.joined(self.right))
+        )
 
     def kept(self, take: Take) -> Term:
         """Two T x T Gram matrices, or the gradients written once and read twice, whichever costs less."""
         positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
+        positions *= 1 if self.ragged is None else self.ragged.most
         if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
-            buffer = take(len(self.left), torch.Size((rows, columns)), self.left)
-            return Rows(torch.bmm(self.left.transpose(1, 2), self.right, out=buffer))
+            units = self.joined()
+            buffer = take(len(units.left), torch.Size((rows, columns)), units.left)
+            return Rows(torch.bmm(units.left.transpose(1, 2), units.right, out=buffer))
         return self
 
 
@@ -198,8 +242,8 @@ class Lookup:
         places, inverse = torch.unique(self._places(), return_inverse=True)
         touched = self.right.new_zeros(len(places), self.right.shape[2])
         touched.index_add_(0, inverse, self.right.flatten(0, 1))
-        squares: Tensor = torch.linalg.vector_norm(touched, dim=1).square()
-        squares = torch.linalg.vector_norm(touched, dim=1).square()
+        lengths: Tensor = torch.linalg.vector_norm(touched, dim=1)
+        squares = lengths.square()
         return squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
@@ -216,13 +260,9 @@ class Lookup:
     def folded(self, folding: Folding) -> Term:
         if folding.each == 1:
             return self
-        if folding.each is None:
+        if not folding.joins:
             return Rows(folding.sum(self.dense()))
-        return Lookup(
-            self.index.reshape(folding.units, -1),
-            self.right.reshape(folding.units, -1, self.right.shape[2]),
-            self.count,
-        )
+        return Lookup(folding.joined(self.index), folding.joined(self.right), self.count)
 
     def kept(self, take: Take) -> Lookup:
         return self
@@ -273,11 +313,14 @@ def combined(terms: Sequence[Term]) -> Term:
     joined: list[Outer | Lookup] = []
     if products:
         left = torch.cat([term.left for term in products], dim=1)
-        joined.append(Outer(left, torch.cat([term.right for term in products], dim=1)))
+        right = torch.cat([term.right for term in products], dim=1)
+        joined.append(Outer(left, right, products[0].ragged))
     if lookups:
         index = torch.cat([term.index for term in lookups], dim=1)
         joined.append(Lookup(index, torch.cat([term.right for term in lookups], dim=1), lookups[0].count))
-    return joined[0] if len(joined) == 1 else Sum(joined)
+    if len(joined) == 1:
+        return joined[0]
+    return Sum([term.joined() if isinstance(term, Outer) else term for term in joined])
 
 
 def _squares(tensor: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from privgrad.errors import PrivgradError, check_count, check_number
 from privgrad.gradients.contract import Engine, Fold
+from privgrad.gradients.grouped import MeanEngine
 from privgrad.gradients.streamed import StreamedEngine
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.stage import Stage
@@ -45,8 +47,10 @@ class RandomGroups(Stage):
         drawn = source.integers(fold.units, self.count)
         return Fold(drawn[fold.index], self.count, fold.scale)
 
-    def engine(self) -> Engine:
-        return StreamedEngine(mean=True, local_steps=self.local_steps, local_rate=self.local_rate or 0.0)
+    def engine(self, apart: Callable[[], bool]) -> Engine:
+        if self.local_steps:
+            return StreamedEngine(mean=True, local_steps=self.local_steps, local_rate=self.local_rate or 0.0)
+        return MeanEngine(apart)
 
     @property
     def words(self) -> str:

@@ -120,7 +120,7 @@ class Groups(Protocol):
         """The fold of rows into groups. Each unit draws its group independently of all others."""
         ...
 
-    def engine(self) -> Engine:
+    def engine(self, apart: Callable[[], bool]) -> Engine:
         """Streams groups: one vector A(w, group) at a time."""
         ...
 

@@ -61,6 +61,8 @@ class StepRunner:
     ledger: Ledger
     public: Any = None
     reduce: Reduce | None = None
+    apart: Callable[[], bool] = lambda: False
+    """Of groups: whether a row's loss is known to depend on that row alone, with the model as it is now."""
     states: dict[str, State] = field(default_factory=dict)
     disclosed: dict[str, float] = field(default_factory=dict, init=False)
     """Without noise, and only what the plan's `disclose` names: of the last step."""
@@ -81,7 +83,7 @@ class StepRunner:
             )
         self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
         if self.plan.groups is not None:
-            self.engine = self.plan.groups.engine()
+            self.engine = self.plan.groups.engine(self.apart)
         seed = self.plan.noise.insecure_seed
         if seed == SECRET:
             raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")

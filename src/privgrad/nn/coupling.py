@@ -61,7 +61,17 @@ class CouplingGuard:
     def __init__(self, model: nn.Module, loss_fn: LossFn, probe: Probe) -> None:
         self._model, self._loss_fn, self._probe = model, loss_fn, probe
         self._modules = list(named(model, loss_fn).values())
-        self._passed: set[tuple[bool, ...]] = set()
+        self._answers: dict[tuple[bool, ...], bool] = {}
+
+    def passes(self) -> bool:
+        """True where `check` finds nothing: rows are alone. Kept for every combination of modes, whatever the answer."""
+        modes = self._modes()
+        if modes not in self._answers:
+            try:
+                self._answers[modes] = not find_coupling(self._model, self._loss_fn, self._probe)
+            except PrivgradError:
+                self._answers[modes] = False
+        return self._answers[modes]
 
     def check(self) -> None:
         """Probe the model if its modes were never seen.
@@ -69,10 +79,13 @@ class CouplingGuard:
         Raises:
             PrivgradError, RefusedError: as `find_coupling`, and for whatever it finds.
         """
-        modes = tuple(module.training for module in self._modules)
-        if modes not in self._passed:
+        modes = self._modes()
+        if not self._answers.get(modes, False):
             refuse_coupling(find_coupling(self._model, self._loss_fn, self._probe))
-            self._passed.add(modes)
+            self._answers[modes] = True
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self._modules)
 
 
 def _first_inspection(subject: Subject, probe: Probe) -> tuple[Probe, Inspection]:

@@ -58,7 +58,7 @@ class Private:
         optimizer: Optimizer,
         dataset: Dataset[Any],
         runner: StepRunner,
-        coupling: CouplingGuard | None,
+        coupling: CouplingGuard,
         collate_fn: Callable[[list[Any]], Tree] | None,
         workers: int,
         units: Units,
@@ -174,7 +174,7 @@ class Private:
             parameter.grad = None  # the last release is done with: its memory is this step's
         charged = self.ledger.count
         try:
-            if self._coupling is not None:
+            if self.plan.groups is None:
                 self._coupling.check()  # the model may be in other train and eval modes than it was
             with self._own_randomness(self._forward):
                 return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
@@ -250,16 +250,15 @@ def make_private(
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
     shown = public_rows(public, dataset, collate_fn)
-    coupling = None
+    coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
-        coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
         coupling.check()
     chosen = OnePassEngine() if engine is None else engine
     if ledger is None:
         ledger = Ledger(plan.terms())
     elif not isinstance(ledger, Ledger):
         ledger = ledger()
-    runner = StepRunner(plan, model, loss_fn, chosen, ledger, shown, reduce)
+    runner = StepRunner(plan, model, loss_fn, chosen, ledger, shown, reduce, coupling.passes)
     return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units)
 
 
