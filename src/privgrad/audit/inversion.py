@@ -1,7 +1,7 @@
 """Gradient inversion: what can be rebuilt of a record from one released gradient of it.
 
-An attacker who knows the weights, the model and the mechanism looks for a record whose gradient, masked and clipped as the mechanism
-does it, agrees with the release: by L2 distance (`deep_leakage`, DLG) or by direction, with a prior for smooth images
+An attacker who knows the weights, the model and the mechanism looks for a record whose gradient, masked and clipped as the
+mechanism does it, agrees with the release: by L2 distance (`deep_leakage`, DLG) or by direction, with a prior for smooth images
 (`inverting_gradients`). What is found is shown in pictures and figures; how much noise protects is the ledger's to say.
 """
 

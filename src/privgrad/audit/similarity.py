@@ -18,7 +18,7 @@ _SIGMA, _TRUNCATE = 1.5, 3.5
 
 @dataclass(frozen=True)
 class Similarity:
-    """mse: of pixels. psnr: 10 log10(range^2 / mse) dB, infinite for equal images. ssim: 1 for equal images, near 0 for unrelated."""
+    """mse: of pixels. psnr: 10 log10(range^2 / mse), dB, infinite for equal images. ssim: 1 for equal images, 0 for unrelated"""
 
     mse: float
     psnr: float
