@@ -52,7 +52,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.set_xticks(range(len(EPSILONS)), ["no noise" if e is None else f"ε = {e:g}" for e in EPSILONS])
         axes.set_title(title)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        if names:
+            axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("test accuracy, %")
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
