@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ADVICE = "tests/cli/test_advise.py"
 AUDIT = "tests/audit/test_step_audit.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
@@ -968,5 +969,20 @@ MUTANTS = (
         "os.O_NOFOLLOW, 0o600",
         "os.O_NOFOLLOW, 0o644",
         (CACHE,),
+    ),
+    # advice
+    Mutant(
+        "advice is computed from private records",
+        "cli/advise.py",
+        "public_rows(build_public(config, private), private.train, None)",
+        "public_rows(private.train, build_public(config, private), None)",
+        (f"{ADVICE}::test_advice_is_a_function_of_public_data",),
+    ),
+    Mutant(
+        "advice takes private records for public ones",
+        "cli/advise.py",
+        "public_rows(build_public(config, private), private.train, None)",
+        "public_rows(build_public(config, private), None, None)",
+        (f"{ADVICE}::test_public_data_that_are_the_private_ones_are_refused",),
     ),
 )
