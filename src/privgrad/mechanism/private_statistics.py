@@ -37,8 +37,8 @@ class PrivateStatistics(Stage):
     (about 3 for normal features without positions, less for images).
 
     max_norm: of a unit's vector; too small biases and slows the estimate, and costs no privacy. every: so many steps apart,
-    beginning with the first. decay: of the moving average of moments; the n-th release weighs at least 1/n, so that the start
-    is forgotten. floor: of the variance. A deeper layer's statistics settle after those before it.
+    beginning with the first. decay: of the moving average of moments; the n-th release weighs at least 3 / (n + 2), so that the
+    start is soon forgotten. floor: of the variance. A deeper layer's statistics settle after those before it.
 
     Guarantee: a unit's vector lies in the ball of radius max_norm, and depends on the unit, the weights and earlier releases
     only: one more part of the step's Gaussian. `noise.side_share` says what of the budget it gets in steps that release; in the
@@ -102,7 +102,7 @@ class PrivateStatistics(Stage):
         (total,) = noised.values()
         found = total * (math.sqrt(_channels(state)) / release.divisor)
         releases = int(state["releases"])
-        keep = min(self.decay, releases / (releases + 1))
+        keep = min(self.decay, releases / (releases + 3))
         updated: dict[str, Tensor] = {"releases": torch.tensor(releases + 1)}
         names = _means(state)
         for name, part in zip(names, torch.split(found, [2 * len(state[name]) for name in names]), strict=True):
@@ -129,15 +129,11 @@ class PrivateStatistics(Stage):
 
     @property
     def words(self) -> str:
-        when = (
-            "every step's release"
-            if self.every == 1
-            else f"the release of the first and each {self.every}th step after it"
-        )
+        when = "in every step" if self.every == 1 else f"every {self.every} steps"
         return (
             "normalization layers take their statistics from noised first and second moments of their inputs on the private "
             f"{{unit}}s (each contribution scaled down to an l2 norm of at most {self.max_norm:g} over all layers); they are "
-            f"part of {when} and of its noise multiplier"
+            f"part of the release, and of its noise multiplier, {when}"
         )
 
 
