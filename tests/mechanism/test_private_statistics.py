@@ -216,7 +216,8 @@ def test_clipped_and_noised_they_come_near(groups: pg.RandomGroups | None) -> No
         model[0].bias.copy_(torch.tensor([5.0, 5.0]))
     torch.manual_seed(0)
     batch = (torch.randn(count, 2), torch.zeros(count, dtype=torch.long))
-    chosen = plan(count, multiplier=0.5 if groups is None else 0.02, groups=groups)
+    statistics, multiplier = pg.PrivateStatistics(max_norm=1.0, decay=0.9), 0.5 if groups is None else 0.02
+    chosen = plan(count, multiplier=multiplier, statistics=statistics, groups=groups)
     step = runner(chosen, model.train(), LOSS)
     for _ in range(40):
         step.release(*rows(*batch))

@@ -47,9 +47,9 @@ class PrivateStatistics(Stage):
 
     kind: ClassVar[str] = "private"
 
-    max_norm: float = 1.0
+    max_norm: float = 0.5
     every: int = 1
-    decay: float = 0.9
+    decay: float = 0.99
     floor: float = 1e-3
 
     def __post_init__(self) -> None:
