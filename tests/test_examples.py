@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from examples import foreign_optimizer, own_loop
+from examples import batch_norm, foreign_optimizer, own_loop
 from examples.tables import breast_cancer
 
 from privgrad.cli import run as privgrad
@@ -24,6 +24,17 @@ def test_own_loop_adds_at_most_six_lines() -> None:
 
 def test_another_framework_may_own_the_optimizer() -> None:
     assert foreign_optimizer.main() > 0.85
+
+
+def test_batch_norm_trains_with_statistics_that_are_charged(tmp_path: Path) -> None:
+    result = batch_norm.main(tmp_path / "run")
+    assert result.epsilon <= 3
+    assert result.test_accuracy is not None
+    assert result.test_accuracy > 0.85
+    certificate = read_json(tmp_path / "run" / "certificate.json")
+    assert "part of the release, and of its noise multiplier, in every step" in certificate["mechanism"]["statistics"]
+    assert certificate["plan"]["statistics"]["kind"] == "private"
+    assert privgrad(["verify", str(tmp_path / "run")]) == 0
 
 
 def test_a_table_is_trained_with_one_command(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.mixing import ModelMix
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.private_statistics import PrivateStatistics
 from privgrad.mechanism.sampling import (
     FixedSizeSampling,
     FullBatch,
@@ -47,6 +48,7 @@ __all__ = [
     "Plan",
     "PoissonSampling",
     "Private",
+    "PrivateStatistics",
     "PrivateThresholds",
     "PrivgradError",
     "PublicStatistics",

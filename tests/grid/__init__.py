@@ -1,6 +1,7 @@
 """The grid of combinations, each trained on digits for two steps or refused in words: `python -m tests.grid`.
 
-Every choice of six stages together (under zero_out), and every sampler with every adjacency and accountant.
+Every choice of six stages together (under zero_out), every sampler with every adjacency and accountant, and the statistics of
+normalization layers with what they meet.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ CLIPPING: Mapping[str, Mapping[str, Any]] = {
 }
 ALLOCATIONS = ("uniform", "per_layer", "dimension")
 THRESHOLDS = ("fixed", "public", "private", "quantile")
+STATISTICS = ("public_batch", "private")
+MIXING = ("none", "modelmix")
 
 _FEATURES = [f"pixel_{number}" for number in range(64)]
 _TABLE = {
@@ -68,6 +71,8 @@ class Cell:
     thresholds: str
     adjacency: str = "zero_out"
     accountant: str = "pld"
+    statistics: str = "none"
+    mixing: str = "none"
 
     def config(self, directory: Path) -> dict[str, Any]:
         """The configuration file, as tables, for the data that `write_data` put into `directory`."""
@@ -84,19 +89,26 @@ class Cell:
             plan["groups"] = groups
         if self.thresholds != "fixed":
             plan["thresholds"] = {"kind": self.thresholds}
+        arguments: dict[str, Any] = {"hidden": [8]}
+        if self.statistics != "none":
+            plan["statistics"] = {"kind": self.statistics}
+            given = "public_batch" if self.statistics == "public_batch" else "private_statistics"
+            arguments["normalization"] = given if groups is None else "batch"
+        if self.mixing != "none":
+            plan["mixing"] = {"kind": self.mixing}
         config: dict[str, Any] = {
             "data": {
                 "source": str(directory / "private.csv"),
                 "test_source": str(directory / "test.csv"),
                 "table": _TABLE,
             },
-            "model": {"name": "mlp", "arguments": {"hidden": [8]}},
+            "model": {"name": "mlp", "arguments": arguments},
             "privacy": {"adjacency": self.adjacency, "accountant": self.accountant},
             "plan": plan,
             "optimizer": {"name": "sgd", "lr": 0.1},
             "training": {"evaluations": 1, "averaging": "none"},
         }
-        if self.thresholds == "public":
+        if "public" in (self.thresholds, self.statistics.removesuffix("_batch")):
             config["public"] = {"source": str(directory / "public.csv")}
         return config
 
@@ -122,6 +134,26 @@ def promises() -> list[Cell]:
         Cell(sampler, protects, groups, "flat", "uniform", "fixed", adjacency, accountant)
         for sampler, protects, groups, adjacency in choices
         for accountant in ("pld", "rdp")
+    ]
+
+
+def statistics() -> list[Cell]:
+    """Statistics of normalization layers with samplers, units, groups and thresholds; and with mixing, where there are none."""
+    choices = itertools.product(SAMPLERS, PROTECTS, GROUPS, THRESHOLDS, STATISTICS, MIXING)
+    return [
+        Cell(
+            sampler,
+            protects,
+            groups,
+            "flat",
+            "uniform",
+            thresholds,
+            accountant="rdp" if sampler == "fixed_size" else "pld",
+            statistics=taken,
+            mixing=mixing,
+        )
+        for sampler, protects, groups, thresholds, taken, mixing in choices
+        if mixing == "none" or (thresholds == "fixed" and sampler in ("poisson", "full_batch"))
     ]
 
 

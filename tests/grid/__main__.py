@@ -11,7 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.grid import CLIPPING, GROUPS, SAMPLERS, THRESHOLDS, promises, stages, try_out, write_data
+from tests.grid import (
+    CLIPPING,
+    GROUPS,
+    MIXING,
+    SAMPLERS,
+    STATISTICS,
+    THRESHOLDS,
+    promises,
+    stages,
+    statistics,
+    try_out,
+    write_data,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "tests" / "results" / "grid.json", ROOT / "docs" / "combinations.md"
@@ -26,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         write_data(directory)
-        for kind, cells in (("stages", stages()), ("promises", promises())):
+        for kind, cells in (("stages", stages()), ("promises", promises()), ("statistics", statistics())):
             rows = results[kind] = []
             for number, cell in enumerate(cells, 1):
                 rows.append({**asdict(cell), **asdict(try_out(cell, directory))})
@@ -55,7 +67,18 @@ def page(results: dict[str, list[Row]]) -> str:
         results["promises"],
         reasons,
     )
-    count = len(rows) + len(results["promises"])
+    taken = _table(
+        [f"{name}; thresholds {thresholds}" for name in GROUPS for thresholds in THRESHOLDS]
+        + [f"{name}; modelmix" for name in GROUPS],
+        list(STATISTICS),
+        lambda row: (
+            f"{row['groups']}; " + (f"thresholds {row['thresholds']}" if row["mixing"] == MIXING[0] else row["mixing"]),
+            row["statistics"],
+        ),
+        results["statistics"],
+        reasons,
+    )
+    count = sum(len(found) for found in results.values())
     each = len(rows) // (len(GROUPS) * len(THRESHOLDS) * len(CLIPPING))
     notes = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
     return f"""# What goes with what
@@ -76,6 +99,13 @@ noise.
 Each cell holds 4 combinations: examples or users protected, clipped one by one or in groups.
 
 {promised}
+
+## Statistics of normalization layers
+
+Under zero_out. Each cell holds 10 combinations (those with modelmix 4): examples or users protected, five samplers (with modelmix
+Poisson and full batch). Where groups are clipped the layers are BatchNorm.
+
+{taken}
 
 {notes}
 """

@@ -10,10 +10,26 @@ from pathlib import Path
 import pytest
 
 from privgrad.mechanism.plan import KINDS
-from tests.grid import CLIPPING, PROTECTS, SAMPLERS, THRESHOLDS, Cell, promises, stages, try_out, write_data
+from tests.grid import (
+    CLIPPING,
+    PROTECTS,
+    SAMPLERS,
+    STATISTICS,
+    THRESHOLDS,
+    Cell,
+    promises,
+    stages,
+    statistics,
+    try_out,
+    write_data,
+)
 from tests.grid.__main__ import PAGE, RESULTS, page
 
-SAMPLE = [*random.Random(3).sample(stages(), 12), *random.Random(4).sample(promises(), 8)]
+SAMPLE = [
+    *random.Random(3).sample(stages(), 12),
+    *random.Random(4).sample(promises(), 8),
+    *random.Random(5).sample(statistics(), 6),
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +53,12 @@ def test_the_grid_has_every_kind() -> None:
     for slot, choices in (("sampling", SAMPLERS), ("protects", PROTECTS), ("clipping", CLIPPING)):
         assert set(choices) == set(KINDS[slot])
     assert set(THRESHOLDS) == {*KINDS["thresholds"], "fixed"}
+    assert set(STATISTICS) == set(KINDS["statistics"])
 
 
 def test_the_page_is_of_the_results_and_the_results_are_of_the_grid() -> None:
     results = json.loads(RESULTS.read_text())
     assert PAGE.read_text() == page(results)
     names = list(asdict(stages()[0]))
-    for kind, cells in (("stages", stages()), ("promises", promises())):
+    for kind, cells in (("stages", stages()), ("promises", promises()), ("statistics", statistics())):
         assert [{key: row[key] for key in names} for row in results[kind]] == [asdict(cell) for cell in cells]

@@ -16,6 +16,7 @@ MIXED = "tests/privacy/test_mixed.py"
 MIXING = "tests/mechanism/test_mixing.py"
 SPARSIFICATION = "tests/mechanism/test_sparsification.py"
 PUBLIC_NORM = "tests/nn/test_public_norm.py"
+STATISTICS = "tests/mechanism/test_private_statistics.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
 ONEPASS = "tests/gradients/test_onepass.py"
 OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
@@ -553,6 +554,63 @@ MUTANTS = (
         "rounding=ROUND_CEILING",
         "rounding='ROUND_HALF_EVEN'",
         (CERTIFICATE,),
+    ),
+    Mutant(
+        "moments for statistics are not clipped",
+        "mechanism/private_statistics.py",
+        "ClippingRule(FlatClipping(self.max_norm), torch.tensor([self.max_norm], dtype=torch.float64))",
+        "ClippingRule(FlatClipping(1e9), torch.tensor([1e9], dtype=torch.float64))",
+        (f"{STATISTICS}::test_one_clip_over_all_layers_bounds_what_a_unit_adds",),
+    ),
+    Mutant(
+        "statistics get half the noise",
+        "mechanism/private_statistics.py",
+        "return Bound.ball(self.max_norm)",
+        "return Bound.ball(0.5 * self.max_norm)",
+        (f"{STATISTICS}::test_what_is_installed_has_the_noise_that_is_claimed",),
+    ),
+    Mutant(
+        "statistics of a group move by R instead of 2R",
+        "mechanism/private_statistics.py",
+        "return Bound.ball(self.max_norm)",
+        "return Bound(self.max_norm, self.max_norm)",
+        (f"{STATISTICS}::test_one_clip_over_all_layers_bounds_what_a_unit_adds",),
+    ),
+    Mutant(
+        "statistics of the batch at hand, without noise",
+        "mechanism/noise.py",
+        "for slot, value in sums.values.items():",
+        "for slot, value in ((s, v) for s, v in sums.values.items() if s != 'statistics/side'):",
+        (f"{STATISTICS}::test_what_is_installed_has_the_noise_that_is_claimed",),
+    ),
+    Mutant(
+        "the release of statistics is not charged",
+        "mechanism/step.py",
+        "(_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS)",
+        "(_STATISTICS_SLOT,), Bound.ball(0.0), Consumer.STATISTICS)",
+        (f"{STATISTICS}::test_the_joint_multiplier_of_every_step_is_the_plans",),
+    ),
+    Mutant(
+        "statistics divide by the size of the batch at hand",
+        "mechanism/private_statistics.py",
+        "                add_weighted(Request(None, units, Identity({}), [(slot,)], rule, sink), {slot: moments * scale})",
+        "                add_weighted(Request(None, units, Identity({}), [(slot,)], rule, sink), {slot: moments * scale})\n"
+        "        sink.views[slot] /= max(1, len(fold.index))",
+        (f"{STATISTICS}::test_the_divisor_is_the_constant_never_the_realised_size",),
+    ),
+    Mutant(
+        "moments for statistics are those of the whole batch",
+        "gradients/moments.py",
+        "yield _folded(_row_moments(module, part, layers), inside)",
+        "yield _moments(module, part, layers).expand(inside.units, -1)",
+        (f"{STATISTICS}::test_a_records_moments_do_not_move_with_the_others",),
+    ),
+    Mutant(
+        "mixing beside statistics of private records is not refused",
+        "mechanism/mixing.py",
+        "if isinstance(plan.statistics, ChargedStatistics):",
+        "if False:",
+        (f"{STATISTICS}::test_what_has_no_proof_or_no_layer_is_refused_in_words",),
     ),
     # ledger, checkpoint, resume
     Mutant(

@@ -66,10 +66,15 @@ def first_gradient(model: nn.Module, engine: Engine, batch: tuple[Tensor, Tensor
 @pytest.mark.parametrize("normalization", BY_ITSELF)
 @pytest.mark.parametrize("engine", [OnePassEngine, lambda: VmapEngine(2**30)], ids=["onepass", "vmap"])
 def test_a_records_gradient_does_not_move_with_the_others(normalization: str, engine: type[Engine]) -> None:
-    """To the last bit, in train mode, with public statistics installed."""
+    """To the last bit, in train mode, with public or released statistics installed."""
     model = network(normalization).train()
     if normalization == "public_batch":
         runner(plan(), model, LOSS, public=images(16, 9)).refresh()
+    if normalization == "private_statistics":
+        released = full_batch_plan(5, noise=pg.GaussianNoise(multiplier=1.0), statistics=pg.PrivateStatistics())
+        step = runner(released, model, LOSS)
+        step.release(*rows(*images(5, 4)))
+        step.finalize()
     inputs, targets = images(5, 1)
     others, other_targets = images(5, 2)
     others, other_targets = 100 * others, other_targets

@@ -18,7 +18,6 @@ from privgrad.gradients.contract import Fold, Tree
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
-from privgrad.mechanism.states import Consumer
 from privgrad.mechanism.step import StepRunner
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.ledger import Ledger
@@ -102,7 +101,8 @@ def audit_step(
     inside, outside: [rows, dimension] gradients of all records in the two neighbouring worlds (q is forced to 1).
     direction: [dimension] vector on which the noised SUM is projected, best the worlds' difference over each part's variance.
     midpoint: the projection half way between the two worlds: the threshold of the guesses, fixed beforehand.
-    model: `Directions` where the plan clips several tensors; None is one. side: [blocks], the same for a side release.
+    model: `Directions` where the plan clips several tensors; None is one. side: as direction, for side releases (of thresholds,
+    then of statistics).
     Every trial starts from the same state, whatever the releases before it.
 
     Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
@@ -124,7 +124,7 @@ def audit_step(
             update = torch.cat([value.flatten() for value in release.update.values()])
             score = float(update @ direction) * forced.divisor
             if side is not None and release.side is not None:
-                (noised,) = release.side[Consumer.THRESHOLDS].values()
+                noised = torch.cat([sums.flatten() for parts in release.side.values() for sums in parts.values()])
                 score += float(noised @ side.to(noised))
             scores[world].append(score)
     lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)

@@ -12,7 +12,7 @@ from torch import Tensor
 from privgrad.errors import RefusedError, check_number
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.randomness import Source
-from privgrad.mechanism.stage import Stage, State
+from privgrad.mechanism.stage import ChargedStatistics, Stage, State
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Sampler
 
@@ -64,6 +64,11 @@ class ModelMix(Stage):
             raise RefusedError(
                 "mixing is proven for fixed clipping norms: side releases and changing norms are no part of its accountant; "
                 "leave out plan.thresholds"
+            )
+        if isinstance(plan.statistics, ChargedStatistics):
+            raise RefusedError(
+                "mixing is not proven beside statistics of the private records: their side release is no part of its "
+                "accountant; use statistics.kind = 'public_batch', or leave out plan.mixing"
             )
 
     def mix(

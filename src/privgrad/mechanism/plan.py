@@ -22,6 +22,7 @@ from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.mixing import ModelMix
 from privgrad.mechanism.noise import SECRET, GaussianNoise
+from privgrad.mechanism.private_statistics import PrivateStatistics
 from privgrad.mechanism.sampling import (
     FixedSizeSampling,
     FullBatch,
@@ -56,7 +57,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
     "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
     "noise": {"gaussian": GaussianNoise},
     "mixing": {ModelMix.kind: ModelMix},
-    "statistics": {PublicStatistics.kind: PublicStatistics},
+    "statistics": {stage.kind: stage for stage in (PublicStatistics, PrivateStatistics)},
 }
 """What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
 

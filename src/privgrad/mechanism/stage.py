@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn, Tree
+from privgrad.gradients.contract import Encoding, Engine, Fold, LossFn, Sink, Tree
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.states import ClippedSum, NoisedSum, Release
 from privgrad.privacy.adjacency import Adjacency
@@ -236,4 +236,32 @@ class Statistics(Protocol):
 
     def install(self, model: nn.Module, state: State) -> None:
         """Put the state's statistics into the model's layers."""
+        ...
+
+
+@runtime_checkable
+class ChargedStatistics(Statistics, Protocol):
+    """Statistics from private records, by a side release that is charged with the step."""
+
+    def side_bound(self) -> Bound:
+        """The set in which one unit's side contribution lies."""
+        ...
+
+    def side_size(self, state: State, step: int) -> int:
+        """How many numbers step 1, 2, ... sums for them; 0: that step has no such release."""
+        ...
+
+    def add_side(
+        self,
+        state: State,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batch: Tree,
+        fold: Fold,
+        sink: Sink,
+        slot: str,
+        *,
+        grouped: bool,
+    ) -> None:
+        """PRIVATE. Add every unit's contribution to `slot` of the sink. grouped: units are groups, whose rows go together."""
         ...

@@ -59,12 +59,12 @@ class PublicStatistics(Stage):
                 "plan.statistics is given, and the model has no layer that takes statistics; leave it out, or use "
                 "nn.convert(model, to='public_batch') where the model has BatchNorm"
             )
-        with torch.no_grad(), _in_eval_mode(view.model), _measuring(layers, self.floor):
+        with torch.no_grad(), in_eval_mode(view.model), _measuring(layers, self.floor):
             view.loss_fn(view.model, batch)
-        return {name: value.clone() for name, value in _statistics(layers)}
+        return {name: value.clone() for name, value in statistics_of(layers)}
 
     def install(self, model: nn.Module, state: State) -> None:
-        for name, value in _statistics(taking_layers(model)):
+        for name, value in statistics_of(taking_layers(model)):
             value.copy_(state[name])
 
     @property
@@ -82,14 +82,16 @@ def taking_layers(model: nn.Module) -> Mapping[str, Any]:
     }
 
 
-def _statistics(layers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def statistics_of(layers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The statistics of layers, by name."""
     for name, layer in layers.items():
         yield f"{name}.running_mean", layer.running_mean
         yield f"{name}.running_var", layer.running_var
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in its own again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

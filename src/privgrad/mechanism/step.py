@@ -33,7 +33,7 @@ from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import Source, source
-from privgrad.mechanism.stage import Block, PublicView, Stage, State
+from privgrad.mechanism.stage import Block, ChargedStatistics, PublicView, Stage, State
 from privgrad.mechanism.states import ClippedSum, Consumer, NoisedSum, Part, Release
 from privgrad.mechanism.statistics import NEEDS_STATISTICS
 from privgrad.privacy.ledger import Ledger
@@ -41,6 +41,7 @@ from privgrad.privacy.sensitivity import Bound
 
 _STAGES = ("groups", "compression", "clipping", "thresholds", "noise", "mixing", "statistics")
 _SIDE_SLOT = "thresholds/side"
+_STATISTICS_SLOT = "statistics/side"
 
 Reduce = Callable[[Tensor], None]
 """Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum."""
@@ -78,8 +79,8 @@ class StepRunner:
         self.plan.check_public(self.public is not None)
         if self.plan.statistics is None and any(getattr(m, NEEDS_STATISTICS, False) for m in self.model.modules()):
             raise PrivgradError(
-                "the model has layers that take their statistics from public data (PublicBatchNorm), and the plan gives none; "
-                "add plan.statistics = { kind = 'public_batch' }"
+                "the model has layers that take their statistics from the plan (PublicBatchNorm, PrivateBatchNorm), which gives "
+                "none; add plan.statistics = { kind = 'public_batch' } (free) or { kind = 'private' } (charged)"
             )
         self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
         if self.plan.groups is not None:
@@ -148,6 +149,11 @@ class StepRunner:
         if side_bound is not None:
             parts.append(Part(_SIDE_SLOT, (_SIDE_SLOT,), side_bound, Consumer.THRESHOLDS))
             slots[_SIDE_SLOT] = torch.Size([len(blocks)])
+        charged = plan.statistics if isinstance(plan.statistics, ChargedStatistics) else None
+        measured = 0 if charged is None else charged.side_size(self.states["statistics"], step)
+        if charged is not None and measured:
+            parts.append(Part(_STATISTICS_SLOT, (_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS))
+            slots[_STATISTICS_SLOT] = torch.Size([measured])
 
         device = next(iter(self._parameters.values())).device
         sink = FlatSink(slots, device, accumulation_dtype(self.model))
@@ -160,6 +166,9 @@ class StepRunner:
         request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps)
         if len(fold.index):
             self.engine.accumulate(self.model, self.loss_fn, request)
+            if charged is not None and measured:
+                state = self.states["statistics"]
+                charged.add_side(state, self.model, self.loss_fn, batch, fold, sink, _STATISTICS_SLOT, grouped=grouped)
         self._encoding = encoding
         self._watch = watch
         return ClippedSum(parts, sink.views, sink.flat, grouped)

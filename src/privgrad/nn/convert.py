@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from privgrad.errors import PrivgradError, nearest
-from privgrad.nn.public_norm import FrozenBatchNorm, PublicBatchNorm
+from privgrad.nn.public_norm import FrozenBatchNorm, PrivateBatchNorm, PublicBatchNorm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAZY = (nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
@@ -64,6 +64,7 @@ def convert(model: nn.Module, to: str = "group") -> Report:
         "layer": GroupNorm of a single group. "instance": GroupNorm of one channel a group; not for BatchNorm1d, which it would
             erase. "none": nothing.
         "public_batch": `PublicBatchNorm`, with the statistics of a public batch (plan.statistics).
+        "private_statistics": `PrivateBatchNorm`, with noised statistics of the private records (plan.statistics of kind private).
         "frozen": `FrozenBatchNorm`, with the statistics that the layer has (from public data: they are not protected).
         "test_batch": BatchNorm without running statistics. It couples records, in training (for plans that clip groups) and at
             inference, where it takes the batch's own.
@@ -103,7 +104,7 @@ def convert(model: nn.Module, to: str = "group") -> Report:
     return Report(replaced.get(model, model), changed, left)
 
 
-NORMALIZATIONS = ("none", "batch", "group", "layer", "instance", "public_batch", "test_batch")
+NORMALIZATIONS = ("none", "batch", "group", "layer", "instance", "public_batch", "private_statistics", "test_batch")
 """What reference models take as `normalization`: what `convert` makes of BatchNorm, or "batch", BatchNorm itself."""
 
 
@@ -181,6 +182,7 @@ _TARGETS: dict[str, Callable[[_BatchNorm], nn.Module]] = {
     "layer": _layer_norm,
     "instance": _instance_norm,
     "public_batch": PublicBatchNorm.of,
+    "private_statistics": PrivateBatchNorm.of,
     "frozen": _frozen,
     "test_batch": _test_batch,
 }

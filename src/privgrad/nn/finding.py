@@ -17,8 +17,9 @@ ALONE = "one record's loss or gradient is another one alone than in a batch (by 
 
 _MODULE_WAY = "use layers that treat every record by itself (GroupNorm or LayerNorm; attention with batch_first=True)"
 _BATCHNORM_WAY = (
-    "use GroupNorm or LayerNorm (privgrad.nn.convert(model, to='group') puts them in the place of BatchNorm), or freeze the "
-    "layer with .eval() and given statistics"
+    "use GroupNorm or LayerNorm (privgrad.nn.convert(model, to='group') puts them in the place of BatchNorm; to='public_batch' "
+    "or 'private_statistics' keeps its arithmetic, with statistics from the plan), or freeze the layer with .eval() and given "
+    "statistics"
 )
 _LOSS_WAY = (
     "give one loss per record, from that record alone (reduction='none'; no normaliser over the batch, no division by "

@@ -64,6 +64,16 @@ class PublicBatchNorm(FrozenBatchNorm):
     needs_statistics: ClassVar[bool] = True
 
 
+class PrivateBatchNorm(FrozenBatchNorm):
+    """As `FrozenBatchNorm`, with statistics that the plan's steps release: noised moments of private records, charged.
+
+    The plan's `statistics = private` measures them; a plan without statistics is refused. What the layer had is forgotten when
+    training starts: mean 0 and variance 1 until the first release.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+
 def without_statistics(model: nn.Module) -> list[str]:
     """BatchNorm layers in train mode that keep running statistics and have none yet: at inference they would do nothing."""
     return [

@@ -101,7 +101,8 @@ class Trainer:
         if self.plan.groups is not None and untouched:
             raise PrivgradError(
                 f"{', '.join(untouched)} would have no statistics at inference: private training never updates them; add "
-                "plan.statistics = { kind = 'public_batch' } and public data, or nn.convert(model, to='test_batch')"
+                "plan.statistics = { kind = 'public_batch' } and public data, or { kind = 'private' } (charged), or use "
+                "nn.convert(model, to='test_batch')"
             )
         self.run = Run(Path(directory))
         self.model, self.optimizer, self.schedule, self.test = model, optimizer, schedule, test
