@@ -12,6 +12,7 @@ from torch import Tensor
 from privgrad.errors import RefusedError, check_number
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.stage import Stage, State
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Sampler
@@ -59,6 +60,12 @@ class ModelMix(Stage):
             raise RefusedError(
                 f"mixing is proven for clipping.kind = 'flat' and 'l2_linf', not for {plan.clipping.kind!r}, whose blocks have "
                 "norms of their own"
+            )
+        if type(plan.compression) not in (type(None), RandomSparsification):
+            raise RefusedError(
+                f"mixing is proven where each coordinate of an update has its own noise, and compression.kind = "
+                f"{plan.compression.kind!r} turns coordinates: a bound on each coordinate before is none after; leave out "
+                "plan.compression or plan.mixing"
             )
         if plan.thresholds is not None:
             raise RefusedError(

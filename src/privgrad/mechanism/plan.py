@@ -18,6 +18,7 @@ from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
+from privgrad.mechanism.embedding import GradientEmbedding
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.mixing import ModelMix
@@ -49,7 +50,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
         for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
     },
     "groups": {"random": RandomGroups},
-    "compression": {RandomSparsification.kind: RandomSparsification},
+    "compression": {stage.kind: stage for stage in (RandomSparsification, GradientEmbedding)},
     "clipping": {
         stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping, CoordinateClipping)
     },
