@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AUDIT = "tests/audit/test_step_audit.py"
+EMBEDDING = "tests/mechanism/test_embedding.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
 FAULTS = "tests/faults/test_faults.py"
@@ -817,6 +818,67 @@ MUTANTS = (
         "drawn = torch.randperm(units, generator=generator)[:kept].sort().values",
         "drawn = torch.randperm(units)[:kept].sort().values",
         (SPARSIFICATION,),
+    ),
+    # embedding
+    Mutant(
+        "the first of several blocks is not clipped",
+        "mechanism/clipping.py",
+        "        weights = torch.where(finite & weights.isfinite(), weights, zero)\n",
+        "        weights = torch.where(finite & weights.isfinite(), weights, zero)\n"
+        "        weights[:, : max(0, len(columns) - 1)] = 1.0\n",
+        (f"{EMBEDDING}::test_the_joint_attack_stays_below_the_claim_and_comes_near_it",),
+    ),
+    Mutant(
+        "embeddings get no noise",
+        "mechanism/noise.py",
+        "            flat = value.view(-1)\n",
+        "            flat = value.view(-1)[: 0 if slot.startswith('embedding') else None]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "residuals get no noise",
+        "mechanism/noise.py",
+        "            flat = value.view(-1)\n",
+        "            flat = value.view(-1)[: 0 if slot.startswith('residual') else None]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "the basis is of the private batch",
+        "mechanism/embedding.py",
+        "            given = {name: gradients[name].reshape(len(gradients[name]), -1) for name in parts}\n",
+        "            given = {name: gradients[name].reshape(len(gradients[name]), -1) for name in parts}\n"
+        "            basis = torch.linalg.qr(torch.cat(list(given.values()), 1).T).Q.T\n"
+        "            for part, own in zip(parts.values(), basis.split([g.shape[1] for g in given.values()], 1)):\n"
+        "                part[: len(own)] = own[: len(part)]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "the residual is charged at nothing",
+        "mechanism/step.py",
+        "Part(block.name, block.slots, Bound.ball(float(threshold)))",
+        "Part(block.name, block.slots, Bound.ball(0.0 if block.name == 'residual' else float(threshold)))",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "embedding and residual are charged as if each were alone",
+        "mechanism/noise.py",
+        "[math.sqrt(len(distances)) * distance for distance in distances]",
+        "[distance for distance in distances]",
+        (EMBEDDING, FRAME),
+    ),
+    Mutant(
+        "anchors are drawn by a generator that nobody knows",
+        "mechanism/embedding.py",
+        "torch.randperm(count, generator=generator)",
+        "torch.randperm(count)",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "a bound on coordinates is believed after the embedding",
+        "mechanism/mixing.py",
+        "if type(plan.compression) not in (type(None), RandomSparsification):",
+        "if False:",
+        (EMBEDDING,),
     ),
     # normalization
     Mutant(
