@@ -184,3 +184,75 @@ def test_epsilon_falls_with_the_width() -> None:
     found = [poisson_plan(mixing=ModelMix(width_ratio=ratio), steps=20).epsilon() for ratio in (0.1, 0.5, 2.0)]
     assert found[0] > found[1] > found[2]
     assert found[0] <= dataclasses.replace(poisson_plan(steps=20), mixing=None).epsilon()
+
+
+def to_calibrate(**changes: object) -> Plan:
+    """The specification's plan without its width, and fewer steps."""
+    return Plan(
+        **{
+            "sampling": pg.PoissonSampling(rate=0.03, divisor=1500.0),
+            "steps": 100,
+            "noise": pg.GaussianNoise(multiplier=0.335),
+            "clipping": pg.CoordinateClipping(max_norm=20.0, p=100.0),
+            "mixing": ModelMix(width_ratio="calibrate"),
+            **changes,
+        }  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("target", [1.0, 3.0])
+def test_the_width_is_calibrated_to_the_smallest_that_keeps_epsilon(target: float) -> None:
+    found = to_calibrate().calibrate(target)
+    assert found.mixing is not None
+    assert found.noise == to_calibrate().noise
+    width = float(found.mixing.width_ratio)
+    assert found.epsilon() <= target
+    assert found.with_width(width / 1.002).epsilon() > target
+    assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.floats(0.01, 2.0), st.integers(2, 50))
+def test_epsilon_falls_from_a_width_to_its_multiples(ratio: float, times: int) -> None:
+    """Up to what the accountant says that it may overstate."""
+    plan = to_calibrate(accountant="rdp")
+    assert plan.with_width(times * ratio).epsilon() <= plan.with_width(ratio).epsilon() * 1.02
+
+
+def test_widths_that_cannot_be_calibrated_are_refused() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"the widest gives 0\.\d+; raise noise"):
+        to_calibrate(steps=3400).calibrate(0.3)
+    with pytest.raises(pg.PrivgradError, match="the noise alone has epsilon"):
+        to_calibrate(noise=pg.GaussianNoise(multiplier=5.0)).calibrate(3.0)
+    with pytest.raises(pg.PrivgradError, match="the width follows from epsilon"):
+        to_calibrate(noise=pg.GaussianNoise()).calibrate(3.0)
+    with pytest.raises(pg.PrivgradError, match="width_ratio is not set"):
+        to_calibrate().epsilon()
+    with pytest.raises(pg.PrivgradError, match="width_ratio is 'calibrated'; expected"):
+        ModelMix(width_ratio="calibrated")  # type: ignore[arg-type]
+
+
+def test_the_commands_calibrate_the_width(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["--set", "plan.steps=100", "--set", "plan.mixing.width_ratio=calibrate", "--set", "privacy.epsilon=2"]
+    assert run(["calibrate", str(FIXTURE), *changed, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["noise_multiplier"] == 0.335
+    assert 1.99 < found["epsilon"] <= 2
+    assert run(["epsilon", str(FIXTURE), *changed, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == found["epsilon"]
+    assert (
+        run(
+            [
+                "epsilon",
+                str(FIXTURE),
+                *changed[:2],
+                "--set",
+                f"plan.mixing.width_ratio={found['width_ratio']}",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["epsilon"] == found["epsilon"]
+    assert run(["calibrate", str(FIXTURE)]) == 2
+    assert "nothing to calibrate" in capsys.readouterr().err

@@ -819,6 +819,13 @@ MUTANTS = (
         "drawn = torch.randperm(units)[:kept].sort().values",
         (SPARSIFICATION,),
     ),
+    Mutant(
+        "the calibrated width is one too narrow",
+        "privacy/calibration.py",
+        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return high",
+        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return low",
+        (MIXING,),
+    ),
     # embedding
     Mutant(
         "the first of several blocks is not clipped",

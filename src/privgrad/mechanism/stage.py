@@ -208,8 +208,8 @@ class Mixing(Protocol):
     """Makes the release the weights. It moves them itself: the optimizer gives the learning rate and nothing else."""
 
     @property
-    def width_ratio(self) -> float:
-        """tau / eta: the width of the uniform in units of the mean gradient."""
+    def width_ratio(self) -> float | Literal["calibrate"]:
+        """tau / eta: the width of the uniform in units of the mean gradient; "calibrate" until it is known."""
         ...
 
     def check(self, plan: Any) -> None:
