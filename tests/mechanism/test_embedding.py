@@ -24,6 +24,7 @@ from privgrad.mechanism.embedding import BLOCKS, Embedded, basis_of
 from privgrad.mechanism.layerwise import split
 from privgrad.mechanism.noise import ALLOCATIONS
 from privgrad.mechanism.plan import Plan
+from privgrad.privacy.events import MixedGaussianDpEvent
 from privgrad.privacy.sensitivity import joint_multiplier
 from tests.helpers import full_batch_plan, loop_gradients, rows, runner
 
@@ -312,6 +313,7 @@ def test_two_prices_for_one_are_found() -> None:
         ({"every": 1.5}, "compression.every"),
         ({"iterations": 0}, "compression.iterations"),
         ({"residual": 1}, "compression.residual is 1"),
+        ({"joined": "yes"}, "compression.joined is 'yes'"),
         ({"blocks": "tensors"}, "did you mean 'tensor'"),
     ],
 )
@@ -339,8 +341,9 @@ def test_what_does_not_fit_model_or_public_data_is_refused_before_anything_is_ch
         step((torch.randn(20, 5), torch.randint(7, (20,))), rank=4)
     with pytest.raises(pg.PrivgradError, match="cannot take the public rows"):
         step((images(20)[0], torch.full((20,), 11)), rank=4)
-    with pytest.raises(pg.RefusedError, match="turns coordinates"):
-        poisson_plan(clipping=pg.CoordinateClipping(1.0, p=4.0), mixing=pg.ModelMix())
+    for clipping in (pg.CoordinateClipping(1.0, p=4.0), two_parts(1.0, 0.5)):
+        with pytest.raises(pg.RefusedError, match="turns coordinates"):
+            poisson_plan(clipping=clipping, mixing=pg.ModelMix(), noise=pg.GaussianNoise(multiplier=1.0))
 
 
 def test_public_gradients_that_are_not_finite_are_left_out() -> None:
@@ -369,3 +372,105 @@ def test_it_works_with_groups_thresholds_and_flat_clipping() -> None:
             release = step.release(images(6), Fold.identity(6))
             assert release.update is not None
             assert {name: value.shape for name, value in release.update.items()} == shapes_of(model)
+
+
+# Joined: put together again for each unit, before the sum.
+
+
+@pytest.mark.parametrize(
+    "engine", [OnePassEngine(), OnePassEngine(memory=1), VmapEngine()], ids=["all", "rows", "vmap"]
+)
+@pytest.mark.parametrize("p", [1.0, 60.0])
+@pytest.mark.parametrize("views", [False, True])
+def test_joined_units_are_cut_coordinate_by_coordinate(engine: Engine, p: float, views: bool) -> None:
+    torch.manual_seed(0)
+    model, private, public = convolutions(), images(6), images(12)
+    engine = type(engine)(engine.memory)  # type: ignore[call-arg, attr-defined]
+    clipping = pg.LayerwiseClipping(max_norm=(0.3, 0.4), blocks=TWO, p=p)
+    embedding = pg.GradientEmbedding(rank=3, anchors=12, joined=True)
+    step = runner(
+        full_batch_plan(6, compression=embedding, clipping=clipping), model, LOSS, engine=engine, public=public
+    )
+    fold = Fold(torch.tensor([0, 0, 1, 1, 1, 2]), 3, torch.full((6,), 0.5)) if views else Fold.identity(6)
+    sums = step.clipped_sum(private, fold)
+    assert [(part.name, part.bound.radius) for part in sums.parts] == [("gradient", pytest.approx(0.5))]
+    basis = step.states["compression"]["gradient"]
+    flat = torch.cat([value.flatten(1) for value in loop_gradients(model, LOSS, private).values()], 1)
+    if views:
+        flat = flat.new_zeros(3, flat.shape[1]).index_add_(0, fold.index, 0.5 * flat)
+    within = flat @ basis.T
+    left = flat - within @ basis
+    within, left = (
+        part * (norm / part.norm(dim=1, keepdim=True)).clamp(max=1) for part, norm in ((within, 0.3), (left, 0.4))
+    )
+    units = within @ basis + left
+    cap = 0.5 / math.sqrt(p)
+    assert bool((units.abs() > cap).any()) is (p > 1)
+    expected = units.clamp(-cap, cap).sum(0)
+    torch.testing.assert_close(
+        torch.cat([value.flatten() for value in sums.values.values()]), expected, rtol=1e-4, atol=1e-6
+    )
+    update = step.release(private, fold).update
+    assert update is not None
+    torch.testing.assert_close(
+        torch.cat([value.flatten() for value in update.values()]), expected / 6, rtol=1e-4, atol=1e-6
+    )
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0.01, 10), st.floats(0.01, 10), st.floats(1, 40), st.floats(1e-3, 1e3), st.floats(0.1, 30))
+def test_the_bounds_of_joined_units_rest_on_no_basis(
+    embedding: float, residual: float, p: float, size: float, stretched: float
+) -> None:
+    """A basis that is anything but orthonormal: still in the ball and in the cube."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    clipping = pg.LayerwiseClipping(max_norm=(embedding, residual), blocks=TWO, p=p)
+    plan = full_batch_plan(1, compression=pg.GradientEmbedding(rank=2, joined=True, every=9), clipping=clipping)
+    step = runner(plan, model, lambda m, batch: size * m(batch[0]).square().sum(1), public=(torch.randn(9, 6),))
+    step.states = {**step.states, "compression": {"gradient": stretched * torch.randn(2, 21)}}
+    step.refresh = lambda: None  # type: ignore[method-assign]
+    found = step.clipped_sum((torch.randn(1, 6),), Fold.identity(1)).flat
+    radius = math.hypot(embedding, residual)
+    assert float(found.norm()) <= radius * (1 + 1e-6)
+    assert float(found.abs().max()) <= radius / math.sqrt(p) * (1 + 1e-6)
+
+
+def test_the_attack_on_joined_units_stays_below_the_claim_and_comes_near_it() -> None:
+    torch.set_num_threads(1)
+    plan = poisson_plan(
+        compression=pg.GradientEmbedding(rank=2, anchors=4, joined=True),
+        clipping=pg.LayerwiseClipping(max_norm=(0.6, 0.8), blocks=TWO, p=2.0),
+    )
+    axes = torch.eye(8)
+    canary = torch.zeros(1, 8)
+    canary[0, [0, 2]] = 1e4
+    moved = torch.tensor([0.6, 1 / math.sqrt(2)])  # the residual of 0.8 is cut
+    direction = (moved[0] * axes[0] + moved[1] * axes[2]) / moved.norm()
+    others = torch.zeros(3, 8)
+    found = audit_step(
+        plan, torch.cat([canary, others]), others, direction, float(moved.norm()) / 2, public=PUBLIC, trials=4000
+    )
+    assert found.holds
+    assert found.mu_lower_95 >= 0.8
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_joined_units_may_be_mixed(grouped: bool) -> None:
+    """The event has R = sqrt(C_e^2 + C_r^2), doubled for groups, and p as it is."""
+    mixed = poisson_plan(
+        groups=pg.RandomGroups(2) if grouped else None,
+        compression=pg.GradientEmbedding(rank=2, anchors=8, joined=True),
+        clipping=pg.LayerwiseClipping(max_norm=(0.3, 0.4), blocks=TWO, p=25.0),
+        mixing=pg.ModelMix(width_ratio=0.2),
+        steps=2,
+    )
+    divisor, radius = (2.0, 1.0) if grouped else (4.0, 0.5)
+    assert mixed.step_event().event == MixedGaussianDpEvent(1.0, pytest.approx(0.2 * divisor / radius), 25.0)
+    model = convolutions()
+    step = runner(mixed, model, LOSS, public=images(12))
+    for _ in range(2):
+        release = step.release(*rows(*images(6)), rate=0.1)
+        assert release.update is None
+        assert release.weights is not None
+        assert {name: value.shape for name, value in release.weights.items()} == shapes_of(model)

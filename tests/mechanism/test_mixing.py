@@ -49,6 +49,8 @@ def test_the_event_has_the_numbers_of_the_step() -> None:
     assert event == MixedGaussianDpEvent(1.0, 0.3 * 10 / 2, 9.0)
     flat = poisson_plan(clipping=pg.FlatClipping(max_norm=2.0)).step_event().event
     assert flat == MixedGaussianDpEvent(1.0, 1.5, 1.0)
+    layers = poisson_plan(clipping=pg.LayerwiseClipping((1.2, 1.6), p=9.0)).step_event().event
+    assert layers == MixedGaussianDpEvent(1.0, 0.3 * 10 / 2, 9.0), "C is the norm of the blocks' norms"
     grouped = poisson_plan(groups=pg.RandomGroups(4)).step_event().event
     assert grouped == MixedGaussianDpEvent(1.0, 0.3 * 4 / (2 * 2), 9.0), (
         "R = 2C, and the divisor is the number of groups"
@@ -129,8 +131,16 @@ REFUSED = [
     ),
     ({"sampling": pg.ShuffledBatches(batch_size=5, dataset_size=50)}, "proven for Poisson sampling"),
     ({"adjacency": "replace_one"}, "not proven under replace_one"),
-    ({"clipping": pg.LayerwiseClipping()}, "'flat' and 'l2_linf'"),
-    ({"clipping": pg.AutomaticClipping()}, "'flat' and 'l2_linf'"),
+    ({"clipping": pg.LayerwiseClipping()}, "blocks that only the model counts"),
+    (
+        {
+            "clipping": pg.LayerwiseClipping((1.0, 2.0)),
+            "noise": pg.GaussianNoise(multiplier=1.0, allocation="dimension"),
+        },
+        "same noise in every coordinate",
+    ),
+    ({"clipping": pg.AutomaticClipping()}, "'flat', 'l2_linf' and 'layerwise'"),
+    ({"compression": pg.GradientEmbedding()}, "turns coordinates"),
     ({"thresholds": pg.QuantileThresholds()}, "fixed clipping norms"),
 ]
 

@@ -30,6 +30,10 @@ class GradientEmbedding(Stage):
     only e is released, and the update stays in the basis. blocks: one basis for "all" parameters together, each "tensor" or
     each "module".
 
+    joined: B^T e + r is put together for each unit after clipping, and what is summed and noised has the model's coordinates: one
+    part, of radius C = sqrt(C_e^2 + C_r^2), whose coordinates the clipping may bound (p). Mixing needs this. The noise is then
+    the same in the basis as outside of it.
+
     Costs what the vmap engine costs, whatever the engine: gradients are written out, and multiplied with every direction.
 
     Guarantee: costs no privacy. B sees public data and released weights only. What is clipped is e and r as they were computed,
@@ -45,6 +49,7 @@ class GradientEmbedding(Stage):
     iterations: int = 1
     residual: bool = True
     blocks: str = "all"
+    joined: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "anchors", "every", "iterations"):
@@ -56,6 +61,8 @@ class GradientEmbedding(Stage):
             )
         if not isinstance(self.residual, bool):
             raise PrivgradError(f"compression.residual is {self.residual!r}; expected true or false")
+        if not isinstance(self.joined, bool):
+            raise PrivgradError(f"compression.joined is {self.joined!r}; expected true or false")
         if self.blocks not in BLOCKS:
             raise PrivgradError(f"compression.blocks is {self.blocks!r}; {nearest(str(self.blocks), BLOCKS)}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from privgrad.errors import PrivgradError, RefusedError, check_number
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
+from privgrad.mechanism.layerwise import LayerwiseClipping
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.stage import Stage, State
@@ -64,16 +65,27 @@ class ModelMix(Stage):
             raise RefusedError(
                 "mixing is not proven under replace_one: the worst pair is not known; use adjacency = 'zero_out' or 'add_remove'"
             )
-        if type(plan.clipping) not in (FlatClipping, CoordinateClipping):
+        if type(plan.clipping) not in (FlatClipping, CoordinateClipping, LayerwiseClipping):
             raise RefusedError(
-                f"mixing is proven for clipping.kind = 'flat' and 'l2_linf', not for {plan.clipping.kind!r}, whose blocks have "
-                "norms of their own"
+                f"mixing is proven for clipping.kind = 'flat', 'l2_linf' and 'layerwise', not for {plan.clipping.kind!r}; use "
+                "one of them"
             )
-        if type(plan.compression) not in (type(None), RandomSparsification):
+        if plan.clipping.radius is None:
+            raise RefusedError(
+                "mixing needs to know how long a contribution can be, and clipping.max_norm is one number for blocks that only "
+                "the model counts; give one norm per block, or clipping.kind = 'flat'"
+            )
+        joined = getattr(plan.compression, "joined", False)
+        if type(plan.compression) not in (type(None), RandomSparsification) and not joined:
             raise RefusedError(
                 f"mixing is proven where each coordinate of an update has its own noise, and compression.kind = "
-                f"{plan.compression.kind!r} turns coordinates: a bound on each coordinate before is none after; leave out "
-                "plan.compression or plan.mixing"
+                f"{plan.compression.kind!r} turns coordinates: a bound on each before is none after; set compression.joined = "
+                "true (embedding), or leave out plan.compression or plan.mixing"
+            )
+        if isinstance(plan.clipping, LayerwiseClipping) and not joined and plan.noise.allocation != "uniform":
+            raise RefusedError(
+                f"mixing is proven for the same noise in every coordinate, and noise.allocation is {plan.noise.allocation!r}; "
+                "use noise.allocation = 'uniform'"
             )
         if plan.thresholds is not None:
             raise RefusedError(

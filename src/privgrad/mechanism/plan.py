@@ -164,13 +164,14 @@ class Plan:
 
     def _mixed(self) -> Mixed | None:
         """The uniform noise of mixing on the clipped sum, in units of what one record can move it by."""
-        if self.mixing is None or not isinstance(self.clipping, FlatClipping) or self.mixing.width_ratio == 0:
+        radius = getattr(self.clipping, "radius", None)
+        if self.mixing is None or radius is None or self.mixing.width_ratio == 0:
             return None  # without a uniform of known width, mixing is post-processing of the Gaussian
         if self.mixing.width_ratio == CALIBRATE:
             raise PrivgradError("mixing.width_ratio is not set; give it, or calibrate the plan to an epsilon")
-        distance = presence_distance(Bound.ball(self.clipping.max_norm), grouped=self.groups is not None)
+        distance = presence_distance(Bound.ball(radius), grouped=self.groups is not None)
         width = self.mixing.width_ratio * self.divisor / distance
-        return Mixed(width, self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 1.0)
+        return Mixed(width, float(getattr(self.clipping, "p", 1.0)))
 
     def events(self, steps: int | None = None) -> Counter[DpEvent]:
         """The events of the first `steps` steps (all of them by default), and how often each is charged."""

@@ -23,6 +23,7 @@ from privgrad.gradients.contract import (
     FlatSink,
     Fold,
     Identity,
+    Joined,
     LossFn,
     Request,
     Tree,
@@ -144,6 +145,11 @@ class StepRunner:
             Part(block.name, block.slots, Bound.ball(float(threshold)))
             for block, threshold in zip(blocks, thresholds, strict=True)
         ]
+        caps = [block.max_coordinate for block in blocks]
+        joined = None
+        if getattr(plan.compression, "joined", False):
+            joined, slots = _joined(thresholds, caps), dict(self._shapes)
+            parts = [Part("gradient", tuple(slots), Bound.ball(joined.radius))]
         side_bound = None if plan.thresholds is None else plan.thresholds.side_bound(thresholds)
         if side_bound is not None:
             parts.append(Part(_SIDE_SLOT, (_SIDE_SLOT,), side_bound, Consumer.THRESHOLDS))
@@ -156,11 +162,10 @@ class StepRunner:
             side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
         watch = ClippingWatch() if plan.disclose else None
         rule = ClippingRule(plan.clipping, thresholds, side, watch)
-        caps = [block.max_coordinate for block in blocks]
-        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps)
+        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps, joined)
         if len(fold.index):
             self.engine.accumulate(self.model, self.loss_fn, request)
-        self._encoding = encoding
+        self._encoding = encoding if joined is None else Identity(self._shapes)
         self._watch = watch
         return ClippedSum(parts, sink.views, sink.flat, grouped)
 
@@ -267,6 +272,15 @@ def _refusing_public_rows() -> Iterator[None]:
         raise PrivgradError(
             f"model and loss cannot take the public rows: {reason}; expected rows of the private data's shapes, types and classes"
         ) from error
+
+
+def _joined(thresholds: Tensor, caps: list[float | None]) -> Joined:
+    """The set in which units lie that are put together again: the sum of orthogonal blocks, made sure of by scaling."""
+    if len(set(caps)) > 1:
+        raise PrivgradError(
+            "compression.joined needs one bound on coordinates for all blocks, and the clipping gives several"
+        )
+    return Joined(math.hypot(*thresholds.tolist()), caps[0])
 
 
 def _check_partition(blocks: list[Block] | Any, slots: Mapping[str, torch.Size]) -> None:
