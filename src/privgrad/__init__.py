@@ -7,6 +7,7 @@ from privgrad import nn
 from privgrad.api import dp_sgd
 from privgrad.errors import PrivgradError, RefusedError, VerificationError
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
+from privgrad.mechanism.embedding import GradientEmbedding
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
 from privgrad.mechanism.mixing import ModelMix
@@ -42,6 +43,7 @@ __all__ = [
     "FlatClipping",
     "FullBatch",
     "GaussianNoise",
+    "GradientEmbedding",
     "LayerwiseClipping",
     "Ledger",
     "ModelMix",

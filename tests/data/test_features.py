@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -11,10 +12,10 @@ import torch
 from torch.nn import functional
 
 from privgrad.data import features
-from privgrad.data.features import with_features
+from privgrad.data.features import image_shape, with_features
 from privgrad.data.records import Records
 from privgrad.data.settings import FeatureSettings, read_settings
-from privgrad.data.source import load
+from privgrad.data.source import Source, generated, load
 from privgrad.errors import PrivgradError
 from privgrad.nn.scattering import Scattering
 from tests.data.files import image_bytes, pictures, write_images
@@ -145,3 +146,22 @@ def test_color_of_gray_images_and_other_colors_are_refused() -> None:
         FeatureSettings(color="hsv")
     with pytest.raises(PrivgradError, match="expected true or false"):
         FeatureSettings(mirror=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(12, 16), (14, 13)])
+def test_generated_images_get_the_features_of_the_private_ones(tmp_path: Path, size: tuple[int, int]) -> None:
+    height, width = size
+    chosen = FeatureSettings(groups=27)
+    pixels = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+    private = with_features(Records(pixels, torch.zeros(2, dtype=torch.int64)), chosen, None, "here")
+    shape = (3 * 81, *private.inputs.shape[2:])
+    assert image_shape(shape, chosen)[0] == 3
+    settings = read_settings({"source": "x", "features": {"kind": "scattering", "groups": 27}})
+    source = Source("x", private, private, 2, shape, 10, "")
+    made = generated(settings, "dead_leaves", source, 4, seed=0)
+    inputs, labels = made.take(torch.arange(4))
+    assert inputs.shape == (4, *shape)
+    assert float(inputs.std()) > 0.1
+    assert len(labels) == 4
+    with pytest.raises(PrivgradError, match="makes images"):
+        generated(settings, "dead_leaves", replace(source, input_shape=(7,)), 4, seed=0)

@@ -49,6 +49,8 @@ def test_the_event_has_the_numbers_of_the_step() -> None:
     assert event == MixedGaussianDpEvent(1.0, 0.3 * 10 / 2, 9.0)
     flat = poisson_plan(clipping=pg.FlatClipping(max_norm=2.0)).step_event().event
     assert flat == MixedGaussianDpEvent(1.0, 1.5, 1.0)
+    layers = poisson_plan(clipping=pg.LayerwiseClipping((1.2, 1.6), p=9.0)).step_event().event
+    assert layers == MixedGaussianDpEvent(1.0, 0.3 * 10 / 2, 9.0), "C is the norm of the blocks' norms"
     grouped = poisson_plan(groups=pg.RandomGroups(4)).step_event().event
     assert grouped == MixedGaussianDpEvent(1.0, 0.3 * 4 / (2 * 2), 9.0), (
         "R = 2C, and the divisor is the number of groups"
@@ -129,8 +131,16 @@ REFUSED = [
     ),
     ({"sampling": pg.ShuffledBatches(batch_size=5, dataset_size=50)}, "proven for Poisson sampling"),
     ({"adjacency": "replace_one"}, "not proven under replace_one"),
-    ({"clipping": pg.LayerwiseClipping()}, "'flat' and 'l2_linf'"),
-    ({"clipping": pg.AutomaticClipping()}, "'flat' and 'l2_linf'"),
+    ({"clipping": pg.LayerwiseClipping()}, "blocks that only the model counts"),
+    (
+        {
+            "clipping": pg.LayerwiseClipping((1.0, 2.0)),
+            "noise": pg.GaussianNoise(multiplier=1.0, allocation="dimension"),
+        },
+        "same noise in every coordinate",
+    ),
+    ({"clipping": pg.AutomaticClipping()}, "'flat', 'l2_linf' and 'layerwise'"),
+    ({"compression": pg.GradientEmbedding()}, "turns coordinates"),
     ({"thresholds": pg.QuantileThresholds()}, "fixed clipping norms"),
 ]
 
@@ -184,3 +194,75 @@ def test_epsilon_falls_with_the_width() -> None:
     found = [poisson_plan(mixing=ModelMix(width_ratio=ratio), steps=20).epsilon() for ratio in (0.1, 0.5, 2.0)]
     assert found[0] > found[1] > found[2]
     assert found[0] <= dataclasses.replace(poisson_plan(steps=20), mixing=None).epsilon()
+
+
+def to_calibrate(**changes: object) -> Plan:
+    """The specification's plan without its width, and fewer steps."""
+    return Plan(
+        **{
+            "sampling": pg.PoissonSampling(rate=0.03, divisor=1500.0),
+            "steps": 100,
+            "noise": pg.GaussianNoise(multiplier=0.335),
+            "clipping": pg.CoordinateClipping(max_norm=20.0, p=100.0),
+            "mixing": ModelMix(width_ratio="calibrate"),
+            **changes,
+        }  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("target", [1.0, 3.0])
+def test_the_width_is_calibrated_to_the_smallest_that_keeps_epsilon(target: float) -> None:
+    found = to_calibrate().calibrate(target)
+    assert found.mixing is not None
+    assert found.noise == to_calibrate().noise
+    width = float(found.mixing.width_ratio)
+    assert found.epsilon() <= target
+    assert found.with_width(width / 1.002).epsilon() > target
+    assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.floats(0.01, 2.0), st.integers(2, 50))
+def test_epsilon_falls_from_a_width_to_its_multiples(ratio: float, times: int) -> None:
+    """Up to what the accountant says that it may overstate."""
+    plan = to_calibrate(accountant="rdp")
+    assert plan.with_width(times * ratio).epsilon() <= plan.with_width(ratio).epsilon() * 1.02
+
+
+def test_widths_that_cannot_be_calibrated_are_refused() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"the widest gives 0\.\d+; raise noise"):
+        to_calibrate(steps=3400).calibrate(0.3)
+    with pytest.raises(pg.PrivgradError, match="the noise alone has epsilon"):
+        to_calibrate(noise=pg.GaussianNoise(multiplier=5.0)).calibrate(3.0)
+    with pytest.raises(pg.PrivgradError, match="the width follows from epsilon"):
+        to_calibrate(noise=pg.GaussianNoise()).calibrate(3.0)
+    with pytest.raises(pg.PrivgradError, match="width_ratio is not set"):
+        to_calibrate().epsilon()
+    with pytest.raises(pg.PrivgradError, match="width_ratio is 'calibrated'; expected"):
+        ModelMix(width_ratio="calibrated")  # type: ignore[arg-type]
+
+
+def test_the_commands_calibrate_the_width(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["--set", "plan.steps=100", "--set", "plan.mixing.width_ratio=calibrate", "--set", "privacy.epsilon=2"]
+    assert run(["calibrate", str(FIXTURE), *changed, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["noise_multiplier"] == 0.335
+    assert 1.99 < found["epsilon"] <= 2
+    assert run(["epsilon", str(FIXTURE), *changed, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == found["epsilon"]
+    assert (
+        run(
+            [
+                "epsilon",
+                str(FIXTURE),
+                *changed[:2],
+                "--set",
+                f"plan.mixing.width_ratio={found['width_ratio']}",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["epsilon"] == found["epsilon"]
+    assert run(["calibrate", str(FIXTURE)]) == 2
+    assert "nothing to calibrate" in capsys.readouterr().err

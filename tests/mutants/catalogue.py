@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 ADVICE = "tests/cli/test_advise.py"
 AUDIT = "tests/audit/test_step_audit.py"
+EMBEDDING = "tests/mechanism/test_embedding.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
 FAULTS = "tests/faults/test_faults.py"
@@ -852,21 +853,21 @@ MUTANTS = (
     Mutant(
         "groups are mixed as if they were units",
         "mechanism/plan.py",
-        "presence_distance(Bound.ball(self.clipping.max_norm), grouped=self.groups is not None)",
-        "presence_distance(Bound.ball(self.clipping.max_norm), grouped=False)",
+        "presence_distance(Bound.ball(radius), grouped=self.groups is not None)",
+        "presence_distance(Bound.ball(radius), grouped=False)",
         (MIXING,),
     ),
     Mutant(
         "a coordinate is believed to move less than it does",
         "mechanism/plan.py",
-        "self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 1.0",
-        "4 * self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 4.0",
+        'float(getattr(self.clipping, "p", 1.0))',
+        '4 * float(getattr(self.clipping, "p", 1.0))',
         (MIXING,),
     ),
     Mutant(
         "mixing under any clipping",
         "mechanism/mixing.py",
-        "if type(plan.clipping) not in (FlatClipping, CoordinateClipping):",
+        "if type(plan.clipping) not in (FlatClipping, CoordinateClipping, LayerwiseClipping):",
         "if False:",
         (MIXING,),
     ),
@@ -912,6 +913,102 @@ MUTANTS = (
         "drawn = torch.randperm(units, generator=generator)[:kept].sort().values",
         "drawn = torch.randperm(units)[:kept].sort().values",
         (SPARSIFICATION,),
+    ),
+    Mutant(
+        "the calibrated width is one too narrow",
+        "privacy/calibration.py",
+        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return high",
+        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return low",
+        (MIXING,),
+    ),
+    # embedding
+    Mutant(
+        "the first of several blocks is not clipped",
+        "mechanism/clipping.py",
+        "        weights = torch.where(finite & weights.isfinite(), weights, zero)\n",
+        "        weights = torch.where(finite & weights.isfinite(), weights, zero)\n"
+        "        weights[:, : max(0, len(columns) - 1)] = 1.0\n",
+        (f"{EMBEDDING}::test_the_joint_attack_stays_below_the_claim_and_comes_near_it",),
+    ),
+    Mutant(
+        "embeddings get no noise",
+        "mechanism/noise.py",
+        "            flat = value.view(-1)\n",
+        "            flat = value.view(-1)[: 0 if slot.startswith('embedding') else None]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "residuals get no noise",
+        "mechanism/noise.py",
+        "            flat = value.view(-1)\n",
+        "            flat = value.view(-1)[: 0 if slot.startswith('residual') else None]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "the basis is of the private batch",
+        "mechanism/embedding.py",
+        "            given = {name: gradients[name].reshape(len(gradients[name]), -1) for name in parts}\n",
+        "            given = {name: gradients[name].reshape(len(gradients[name]), -1) for name in parts}\n"
+        "            basis = torch.linalg.qr(torch.cat(list(given.values()), 1).T).Q.T\n"
+        "            for part, own in zip(parts.values(), basis.split([g.shape[1] for g in given.values()], 1)):\n"
+        "                part[: len(own)] = own[: len(part)]\n",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "the residual is charged at nothing",
+        "mechanism/step.py",
+        "Part(block.name, block.slots, Bound.ball(float(threshold)))",
+        "Part(block.name, block.slots, Bound.ball(0.0 if block.name == 'residual' else float(threshold)))",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "embedding and residual are charged as if each were alone",
+        "mechanism/noise.py",
+        "[math.sqrt(len(distances)) * distance for distance in distances]",
+        "[distance for distance in distances]",
+        (EMBEDDING, FRAME),
+    ),
+    Mutant(
+        "anchors are drawn by a generator that nobody knows",
+        "mechanism/embedding.py",
+        "torch.randperm(count, generator=generator)",
+        "torch.randperm(count)",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "a bound on coordinates is believed after the embedding",
+        "mechanism/mixing.py",
+        "if type(plan.compression) not in (type(None), RandomSparsification) and not joined:",
+        "if False:",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "joined units are not cut",
+        "gradients/contract.py",
+        "sink.add(name, weighted_sum(scale, flat, joined.cap).view",
+        "sink.add(name, weighted_sum(scale, flat, None).view",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "the basis is believed to be orthonormal",
+        "gradients/contract.py",
+        "scale = (joined.radius / norms).clamp_(max=1.0)",
+        "scale = torch.ones_like(norms)",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "joined units are charged for one of their parts",
+        "mechanism/step.py",
+        "Joined(math.hypot(*thresholds.tolist()), caps[0])",
+        "Joined(max(thresholds.tolist()), caps[0])",
+        (EMBEDDING,),
+    ),
+    Mutant(
+        "mixing where coordinates have noise of their own",
+        "mechanism/mixing.py",
+        'and not joined and plan.noise.allocation != "uniform":',
+        "and False:",
+        (MIXING,),
     ),
     # normalization
     Mutant(

@@ -93,6 +93,7 @@ def audit_step(
     *,
     model: nn.Module | None = None,
     side: Tensor | None = None,
+    public: Tree = None,
     trials: int = 5000,
     confidence: float = 1 - 1e-6,
 ) -> StepAudit:
@@ -103,6 +104,7 @@ def audit_step(
     midpoint: the projection half way between the two worlds: the threshold of the guesses, fixed beforehand.
     model: `Directions` where the plan clips several tensors; None is one. side: as direction, for side releases (of thresholds,
     then of statistics).
+    public: the public batch, for plans that work with some.
     Every trial starts from the same state, whatever the releases before it.
 
     Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
@@ -110,7 +112,7 @@ def audit_step(
     sampling = FullBatch(divisor=plan.divisor)
     forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
     model = Direction(inside.shape[1]) if model is None else model
-    runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()))
+    runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()), public)
     start = runner.states
     scores: dict[str, list[float]] = {}
     for world, gradients in (("inside", inside), ("outside", outside)):

@@ -37,7 +37,8 @@ ENGINES: dict[str, Callable[[int | None], Engine]] = {
 def build_plan(config: Config, size: int | None = None, *, calibrated: bool = True) -> Plan:
     """The plan of a configuration, for a data set of `size` records where that is known.
 
-    calibrated: give the noise the multiplier that [privacy] epsilon asks for, where plan.noise.multiplier is not given.
+    calibrated: give the noise the multiplier that [privacy] epsilon asks for, where plan.noise.multiplier is not given; or mixing
+    the width, where that is "calibrate".
     """
     privacy, plan = config["privacy"], config["plan"]
     stages = {slot: stage_from_json(slot, plan[slot]) for slot in KINDS if plan[slot] is not None}
@@ -52,8 +53,8 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
         disclose=privacy["disclose"],
         **stages,
     )
-    epsilon, multiplier = privacy["epsilon"], stages["noise"].multiplier
-    if epsilon is not None and multiplier is not None:
+    epsilon = privacy["epsilon"]
+    if epsilon is not None and built.is_calibrated:
         raise PrivgradError(
             "both privacy.epsilon and plan.noise.multiplier are given; one follows from the other: leave one out"
         )
@@ -63,7 +64,7 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
         )
     if epsilon is not None:
         check_number("privacy.epsilon", epsilon, above=0)
-    if multiplier is not None or not calibrated:
+    if built.is_calibrated or not calibrated:
         return built
     return built.calibrate(DEFAULT_EPSILON if epsilon is None else float(epsilon))
 

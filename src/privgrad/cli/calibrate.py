@@ -1,4 +1,4 @@
-"""privgrad calibrate: how much noise a budget needs."""
+"""privgrad calibrate: how much noise, or how wide a mixing, a budget needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def calibrate(
     settings: Settings = None,
     json: Json = False,
 ) -> None:
-    """The smallest noise multiplier that keeps epsilon within the budget. Trains nothing."""
+    """The smallest noise multiplier (or width of mixing, where that is "calibrate") within the budget. Trains nothing."""
     plan, target = plan_from(
         config,
         settings,
@@ -44,15 +44,17 @@ def calibrate(
         adjacency=adjacency,
         epsilon=epsilon,
     )
-    if plan.noise.multiplier is not None:
+    if plan.is_calibrated:
         raise PrivgradError(
             "the configuration gives plan.noise.multiplier, so there is nothing to calibrate; leave it out"
         )
+    by_width = plan.calibrates_width
     plan = plan.calibrate(DEFAULT_EPSILON if target is None else target)
     if json:
         print_json(
             {
                 "noise_multiplier": plan.noise.multiplier,
+                **({"width_ratio": plan.mixing.width_ratio} if by_width and plan.mixing is not None else {}),
                 "epsilon": plan.epsilon(),
                 "delta": plan.delta,
                 "accountant": plan.accountant.value,
@@ -61,6 +63,7 @@ def calibrate(
             }
         )
     else:
-        print(
-            f"noise multiplier = {plan.noise.multiplier:.6g} (epsilon = {plan.epsilon():.4f} at delta = {plan.delta:g})"
-        )
+        found = f"noise multiplier = {plan.noise.multiplier:.6g}"
+        if by_width and plan.mixing is not None:
+            found = f"width ratio = {plan.mixing.width_ratio:.6g}"
+        print(f"{found} (epsilon = {plan.epsilon():.4f} at delta = {plan.delta:g})")

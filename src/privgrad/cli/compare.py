@@ -22,6 +22,7 @@ from privgrad.cli.output import plain, print_json
 from privgrad.cli.train import run_training
 from privgrad.errors import PrivgradError, check_count, check_number
 from privgrad.files import canonical_json, digest, make_directory, read_json, write_atomically
+from privgrad.mechanism.mixing import CALIBRATE
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import read_ledger
 from privgrad.report.comparison import Cell, Row, rows_of, to_csv, to_svg
@@ -79,8 +80,11 @@ def _config(path: Path, epsilon: float | None, settings: list[str]) -> Config:
     for setting in settings:
         assign(given, setting)
     privacy = section_of(given, "privacy")
-    noise = section_of(given, "plan").get("noise", {})
-    own = "epsilon" in privacy or (isinstance(noise, dict) and noise.get("multiplier") is not None)
+    plan = section_of(given, "plan")
+    noise, mixing = (plan.get(name, {}) for name in ("noise", "mixing"))
+    known = isinstance(noise, dict) and noise.get("multiplier") is not None
+    by_width = isinstance(mixing, dict) and mixing.get("width_ratio") == CALIBRATE
+    own = "epsilon" in privacy or (known and not by_width)
     if epsilon is not None and not own:
         privacy["epsilon"] = epsilon
     return resolved(complete(given), path.parent)

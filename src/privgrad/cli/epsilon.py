@@ -45,7 +45,7 @@ def epsilon(
         adjacency=adjacency,
         multiplier=noise_multiplier,
     )
-    if plan.noise.multiplier is None:
+    if not plan.is_calibrated:
         if config is None:
             raise PrivgradError(f"--noise-multiplier is missing; or use `{command()} calibrate` to find it")
         plan = plan.calibrate(DEFAULT_EPSILON if target is None else target)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def with_features(records: Records, settings: FeatureSettings, directory: Path |
     path = directory / f"{name.hexdigest()[:32]}.features.npy"
     kept = _kept(path, len(pixels), channels)
     return Records(_computed(pixels, transform, settings, path, where) if kept is None else kept, records.labels)
+
+
+def image_shape(features: Sequence[int], settings: FeatureSettings) -> tuple[int, int, int]:
+    """(channels, height, width) of images whose features have the shape `features`."""
+    channels, height, width = features
+    large = (height * 2**settings.scale, width * 2**settings.scale)
+    return channels // Scattering(*large, settings.scale).channels, *large
 
 
 def _kept(path: Path, count: int, channels: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from privgrad.data.cache import Cache
-from privgrad.data.features import with_features
+from privgrad.data.features import image_shape, with_features
 from privgrad.data.find import Files, locate, one_split, split_files
 from privgrad.data.generators import GENERATORS
 from privgrad.data.image_files import open_folder, open_parquet_images
@@ -145,15 +145,22 @@ def load_public(settings: DataSettings) -> Source:
 
 
 def generated(settings: DataSettings, generator: str, private: Source, count: int, seed: int) -> Records:
-    """So many images from a random process, of the shape of the private ones and scaled like them, with random labels."""
+    """So many images from a random process, of the shape of the private ones and scaled like them, with random labels.
+
+    Where the private records are features of images, these are features of such images.
+    """
     shape = private.input_shape
-    if settings.features is not None or len(shape) != 3:
+    if len(shape) != 3:
         raise PrivgradError(
-            f"public.source = {generator!r} makes images, and the private records are {list(shape)} "
-            f"{'features' if settings.features is not None else 'numbers'}; name public data of that kind"
+            f"public.source = {generator!r} makes images, and the private records are {list(shape)} numbers; name public data of "
+            "that kind"
         )
+    if settings.features is not None:
+        shape = image_shape(shape, settings.features)
     images = torch.from_numpy(GENERATORS[generator](count, shape, seed))
     labels = torch.from_numpy(numpy.random.default_rng(seed).integers(0, private.classes, count))
+    if settings.features is not None:
+        return with_features(Records(images, labels), settings.features, None, f"public.source = {generator!r}")
     return Records(images, labels, settings.images.mean, settings.images.std)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.contract import Identity, Need, Request
+from privgrad.gradients.contract import Identity, Need, Request, add_weighted
 from privgrad.gradients.memory import Workspace
 from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, size, wide
 
@@ -161,7 +161,12 @@ class Collector:
             else self._squares.new_zeros(self.folding.units, *weight.tensor.shape)
             for name, weight in wanted.items()
         }
-        for slot, vector in self._request.encoding.encode(gradients).items():
+        vectors = self._request.encoding.encode(gradients)
+        if self._request.joined is not None:
+            add_weighted(self._request, vectors)
+            self._open.clear()
+            return
+        for slot, vector in vectors.items():
             self._take(slot, Rows(vector))
 
     def _settle(self, columns: Sequence[int]) -> None:

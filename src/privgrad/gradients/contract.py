@@ -137,11 +137,23 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Each unit's weighted vector is decoded by itself, scaled to an l2 norm of at most `radius`, its coordinates cut to +-cap.
+
+    What is summed then has the model's parameters for slots. The encoding must want `Need.COORDINATES` of all of them.
+    """
+
+    radius: float
+    cap: float | None
+
+
+@dataclass(frozen=True)
 class Request:
     """One batch's work for an engine.
 
     blocks: the slots of each block; together every slot once. caps: for each block, the largest absolute value that a coordinate
-    of a unit's weighted vector may have in the sum, or None; empty: no caps at all.
+    of a unit's weighted vector may have in the sum, or None; empty: no caps at all. joined: the vectors are put together again
+    before the sum.
     """
 
     batch: Tree
@@ -151,6 +163,7 @@ class Request:
     rule: Rule
     sink: Sink
     caps: Sequence[float | None] = ()
+    joined: Joined | None = None
 
     def cap(self, column: int) -> float | None:
         """The cap of one block."""
@@ -218,6 +231,7 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
     squares = [torch.stack([lengths[slot].square() for slot in slots]).sum(0) for slots in request.blocks]
     norms = torch.stack(squares, dim=1).sqrt()
     weights = request.rule(norms, range(len(request.blocks)))
+    weighted = {}
     for column, slots in enumerate(request.blocks):
         weight = weights[:, column]
         dropped = weight == 0
@@ -225,8 +239,22 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
             flat = flats[slot]
             if bool(dropped.any()):
                 flat = torch.where(dropped[:, None], torch.zeros_like(flat), flat)
+            if request.joined is not None:
+                weighted[slot] = (weight[:, None] * flat).view_as(vectors[slot])
+                continue
             total = weighted_sum(weight, flat, request.cap(column))
             request.sink.add(slot, total.view(vectors[slot].shape[1:]))
+    if request.joined is not None:
+        _add_joined(request.joined, request.encoding, weighted, request.sink)
+
+
+def _add_joined(joined: Joined, encoding: Encoding, weighted: Mapping[str, Tensor], sink: Sink) -> None:
+    decoded: Mapping[str, Tensor] = torch.func.vmap(encoding.decode)(dict(weighted))
+    flats = {name: value.reshape(len(value), -1) for name, value in decoded.items()}
+    norms = torch.stack([torch.linalg.vector_norm(flat, dim=1) for flat in flats.values()]).norm(dim=0)
+    scale = (joined.radius / norms).clamp_(max=1.0)
+    for name, flat in flats.items():
+        sink.add(name, weighted_sum(scale, flat, joined.cap).view(decoded[name].shape[1:]))
 
 
 def weighted_sum(weights: Tensor, vectors: Tensor, cap: float | None) -> Tensor:

@@ -30,6 +30,11 @@ class FlatClipping(Stage):
     def __post_init__(self) -> None:
         check_number("clipping.max_norm", self.max_norm, above=0)
 
+    @property
+    def radius(self) -> float:
+        """C: no unit's vector is longer."""
+        return self.max_norm
+
     def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
         return (Block("gradient", tuple(slots), self.max_norm),)
 

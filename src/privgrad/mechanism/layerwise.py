@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ class LayerwiseClipping(Stage):
     """g_l * min(1, C_l / ||g_l||) for every block l of parameters (arXiv:2307.11939, arXiv:2212.01539).
 
     max_norm: C_l, one number for all blocks or one per block (in the order of the model's parameters, or of `blocks`).
-    blocks: see `Blocks`.
+    blocks: see `Blocks`. p: above 1, then every coordinate is cut to +-C / sqrt(p), with C^2 = sum of C_l^2.
 
     Guarantee: a unit's block l lies in the l2 ball of radius C_l. Blocks are parts of ONE release: z follows from all of them.
     """
@@ -34,22 +35,38 @@ class LayerwiseClipping(Stage):
 
     max_norm: float | tuple[float, ...] = 1.0
     blocks: Blocks = "tensor"
+    p: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", _norms(self.max_norm))
         object.__setattr__(self, "blocks", _checked(self.blocks))
+        check_number("clipping.p", self.p, at_least=1)
+
+    @property
+    def radius(self) -> float | None:
+        """C, where it is known without the model: the number of blocks must be."""
+        if isinstance(self.max_norm, tuple):
+            return math.hypot(*self.max_norm)
+        return self.max_norm if self.blocks == "all" else None
 
     def partition(self, slots: Mapping[str, torch.Size]) -> Sequence[Block]:
-        return _blocks(split(self.blocks, list(slots)), self.max_norm)
+        blocks = _blocks(split(self.blocks, list(slots)), self.max_norm)
+        if self.p == 1:
+            return blocks
+        cap = math.hypot(*(block.max_norm for block in blocks)) / math.sqrt(self.p)
+        return [replace(block, max_coordinate=cap) for block in blocks]
 
     def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
         return (thresholds / norms).clamp_(max=1.0)
 
     @property
     def words(self) -> str:
-        return (
-            f"each contribution is scaled down, {_each(self.blocks)}, to an l2 norm of at most {_shown(self.max_norm)}"
+        cut = (
+            f", then each coordinate is cut to at most that of the whole over {math.sqrt(self.p):.4g}"
+            if self.p > 1
+            else ""
         )
+        return f"each contribution is scaled down, {_each(self.blocks)}, to an l2 norm of at most {_shown(self.max_norm)}{cut}"
 
 
 @dataclass(frozen=True)

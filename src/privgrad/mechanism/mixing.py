@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from privgrad.errors import RefusedError, check_number
+from privgrad.errors import PrivgradError, RefusedError, check_number
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
+from privgrad.mechanism.layerwise import LayerwiseClipping
 from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.stage import ChargedStatistics, Stage, State
 from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Sampler
 
+CALIBRATE: Literal["calibrate"] = "calibrate"
+"""What stands for a width that follows from epsilon."""
 _FINEST = 2**53
 
 
@@ -26,6 +30,7 @@ class ModelMix(Stage):
     m is uniform, coordinate by coordinate, on an interval around (w_{k-1} + w_{k-2}) / 2 whose length is the largest whole
     multiple of tau = width_ratio * eta that fits between the two, and at least tau. The first two weights are both the initial
     ones. m and the noised gradient are never released; the weights are. decay and momentum are known shifts by released weights.
+    width_ratio: "calibrate" until the plan is calibrated to an epsilon by it, under the noise multiplier that the plan has.
 
     Guarantee: with W = width_ratio * divisor, a step is a Gaussian of standard deviation s plus a uniform of width W in every
     coordinate, on the clipped sum: a wider interval is post-processing of this one. Every trainable parameter is mixed. Holds for
@@ -34,12 +39,17 @@ class ModelMix(Stage):
 
     kind: ClassVar[str] = "modelmix"
 
-    width_ratio: float = 0.15
+    width_ratio: float | Literal["calibrate"] = 0.15
     decay: float = 0.0
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("mixing.width_ratio", self.width_ratio, above=0)
+        if isinstance(self.width_ratio, str) and self.width_ratio != CALIBRATE:
+            raise PrivgradError(
+                f"mixing.width_ratio is {self.width_ratio!r}; expected a number above 0, or {CALIBRATE!r}"
+            )
+        if self.width_ratio != CALIBRATE:
+            check_number("mixing.width_ratio", self.width_ratio, above=0)
         check_number("mixing.decay", self.decay, at_least=0)
         check_number("mixing.momentum", self.momentum, at_least=0, below=1)
 
@@ -55,10 +65,27 @@ class ModelMix(Stage):
             raise RefusedError(
                 "mixing is not proven under replace_one: the worst pair is not known; use adjacency = 'zero_out' or 'add_remove'"
             )
-        if type(plan.clipping) not in (FlatClipping, CoordinateClipping):
+        if type(plan.clipping) not in (FlatClipping, CoordinateClipping, LayerwiseClipping):
             raise RefusedError(
-                f"mixing is proven for clipping.kind = 'flat' and 'l2_linf', not for {plan.clipping.kind!r}, whose blocks have "
-                "norms of their own"
+                f"mixing is proven for clipping.kind = 'flat', 'l2_linf' and 'layerwise', not for {plan.clipping.kind!r}; use "
+                "one of them"
+            )
+        if plan.clipping.radius is None:
+            raise RefusedError(
+                "mixing needs to know how long a contribution can be, and clipping.max_norm is one number for blocks that only "
+                "the model counts; give one norm per block, or clipping.kind = 'flat'"
+            )
+        joined = getattr(plan.compression, "joined", False)
+        if type(plan.compression) not in (type(None), RandomSparsification) and not joined:
+            raise RefusedError(
+                f"mixing is proven where each coordinate of an update has its own noise, and compression.kind = "
+                f"{plan.compression.kind!r} turns coordinates: a bound on each before is none after; set compression.joined = "
+                "true (embedding), or leave out plan.compression or plan.mixing"
+            )
+        if isinstance(plan.clipping, LayerwiseClipping) and not joined and plan.noise.allocation != "uniform":
+            raise RefusedError(
+                f"mixing is proven for the same noise in every coordinate, and noise.allocation is {plan.noise.allocation!r}; "
+                "use noise.allocation = 'uniform'"
             )
         if plan.thresholds is not None:
             raise RefusedError(
@@ -75,6 +102,7 @@ class ModelMix(Stage):
         self, state: State, weights: Mapping[str, Tensor], update: Mapping[str, Tensor], rate: float, source: Source
     ) -> tuple[Mapping[str, Tensor], State]:
         mixed, kept = {}, {}
+        assert self.width_ratio != CALIBRATE
         width = self.width_ratio * rate
         for name, now in weights.items():
             # In double precision, and rounded once at the end: rounding what is released is post-processing.
@@ -95,7 +123,8 @@ class ModelMix(Stage):
         more = "".join(
             f", {name} {value:g}" for name, value in (("decay", self.decay), ("momentum", self.momentum)) if value
         )
+        width = self.width_ratio if self.width_ratio == CALIBRATE else f"{self.width_ratio:g}"
         return (
-            f"each step starts from a random point between the last two released weights (width {self.width_ratio:g} learning "
+            f"each step starts from a random point between the last two released weights (width {width} learning "
             f"rates at least{more}), and the weights are what is released"
         )

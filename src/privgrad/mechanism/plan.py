@@ -18,9 +18,10 @@ from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
+from privgrad.mechanism.embedding import GradientEmbedding
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
-from privgrad.mechanism.mixing import ModelMix
+from privgrad.mechanism.mixing import CALIBRATE, ModelMix
 from privgrad.mechanism.noise import SECRET, GaussianNoise
 from privgrad.mechanism.private_statistics import PrivateStatistics
 from privgrad.mechanism.sampling import (
@@ -37,7 +38,7 @@ from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, Q
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import MOST_STEPS, Precision
 from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
-from privgrad.privacy.calibration import calibrate
+from privgrad.privacy.calibration import calibrate, calibrate_width
 from privgrad.privacy.certificate import PlanFacts
 from privgrad.privacy.events import Accountant, Mixed, Sampled, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
@@ -50,7 +51,7 @@ KINDS: dict[str, dict[str, type[Any]]] = {
         for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
     },
     "groups": {"random": RandomGroups},
-    "compression": {RandomSparsification.kind: RandomSparsification},
+    "compression": {stage.kind: stage for stage in (RandomSparsification, GradientEmbedding)},
     "clipping": {
         stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping, CoordinateClipping)
     },
@@ -164,11 +165,14 @@ class Plan:
 
     def _mixed(self) -> Mixed | None:
         """The uniform noise of mixing on the clipped sum, in units of what one record can move it by."""
-        if self.mixing is None or not isinstance(self.clipping, FlatClipping) or self.mixing.width_ratio == 0:
+        radius = getattr(self.clipping, "radius", None)
+        if self.mixing is None or radius is None or self.mixing.width_ratio == 0:
             return None  # without a uniform of known width, mixing is post-processing of the Gaussian
-        distance = presence_distance(Bound.ball(self.clipping.max_norm), grouped=self.groups is not None)
+        if self.mixing.width_ratio == CALIBRATE:
+            raise PrivgradError("mixing.width_ratio is not set; give it, or calibrate the plan to an epsilon")
+        distance = presence_distance(Bound.ball(radius), grouped=self.groups is not None)
         width = self.mixing.width_ratio * self.divisor / distance
-        return Mixed(width, self.clipping.p if isinstance(self.clipping, CoordinateClipping) else 1.0)
+        return Mixed(width, float(getattr(self.clipping, "p", 1.0)))
 
     def events(self, steps: int | None = None) -> Counter[DpEvent]:
         """The events of the first `steps` steps (all of them by default), and how often each is charged."""
@@ -189,9 +193,34 @@ class Plan:
         return accounting.epsilon(self.event(steps), at, rules, self.accountant, precision)
 
     def calibrate(self, epsilon: float, delta: float | None = None) -> Plan:
-        """This plan with the smallest noise multiplier that keeps epsilon at `delta` within the target, never above it."""
+        """This plan with the smallest noise multiplier that keeps epsilon at `delta` within the target, never above it.
+
+        Where mixing.width_ratio is "calibrate": with the smallest width instead, under the multiplier that the plan has.
+        """
         plan = self if delta is None else dataclasses.replace(self, delta=delta)
-        return plan.with_multiplier(calibrate(lambda z, grid: plan.with_multiplier(z).epsilon(precision=grid), epsilon))
+        if not plan.calibrates_width:
+            return plan.with_multiplier(
+                calibrate(lambda z, grid: plan.with_multiplier(z).epsilon(precision=grid), epsilon)
+            )
+        if not plan.noise.multiplier:
+            raise PrivgradError(
+                "mixing.width_ratio is 'calibrate', and noise.multiplier is not given or 0; the width follows from epsilon and "
+                "the noise: give noise.multiplier"
+            )
+        one = plan.with_width(1.0)._mixed()
+        assert one is not None
+        unit = plan.noise.multiplier / one.width
+        return plan.with_width(unit * calibrate_width(lambda width: plan.with_width(unit * width).epsilon(), epsilon))
+
+    @property
+    def calibrates_width(self) -> bool:
+        """True where it is the width of mixing that follows from epsilon, and not the noise multiplier."""
+        return self.mixing is not None and self.mixing.width_ratio == CALIBRATE
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True where no number is left that follows from epsilon."""
+        return self.noise.multiplier is not None and not self.calibrates_width
 
     def check_public(self, given: bool) -> None:
         """Refuse to run without public data where a stage works with some."""
@@ -207,6 +236,11 @@ class Plan:
         """This plan with another noise multiplier."""
         noise: Any = self.noise
         return dataclasses.replace(self, noise=dataclasses.replace(noise, multiplier=multiplier))
+
+    def with_width(self, width_ratio: float) -> Plan:
+        """This plan with another width of mixing."""
+        mixing: Any = self.mixing
+        return dataclasses.replace(self, mixing=dataclasses.replace(mixing, width_ratio=width_ratio))
 
     def with_seed(self, seed: int | None) -> Plan:
         """This plan with its seed put back, which a stored plan does not hold."""

@@ -32,7 +32,8 @@ class PublicView:
     model: at the released weights. loss_fn: as given by the user. public: the public data set, or None.
     step: steps charged so far; steps: of the whole plan; epoch: round(1/q) of them. shapes: of the trainable parameters.
     generator: public randomness, the same for everyone who knows the plan. norms: of PUBLIC rows (a tree of tensors): [units,
-    blocks], of the plan's kind of units, encoding and blocks.
+    blocks], of the plan's kind of units, encoding and blocks. gradients: of PUBLIC rows: {parameter: [units, *shape]}, of the
+    plan's kind of units.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class PublicView:
     shapes: Mapping[str, torch.Size]
     generator: torch.Generator
     norms: Callable[[Tree], Tensor]
+    gradients: Callable[[Tree], Mapping[str, Tensor]]
 
 
 class Stage:
@@ -206,8 +208,8 @@ class Mixing(Protocol):
     """Makes the release the weights. It moves them itself: the optimizer gives the learning rate and nothing else."""
 
     @property
-    def width_ratio(self) -> float:
-        """tau / eta: the width of the uniform in units of the mean gradient."""
+    def width_ratio(self) -> float | Literal["calibrate"]:
+        """tau / eta: the width of the uniform in units of the mean gradient; "calibrate" until it is known."""
         ...
 
     def check(self, plan: Any) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ from privgrad.gradients.contract import (
     FlatSink,
     Fold,
     Identity,
+    Joined,
     LossFn,
     Request,
     Tree,
     accumulation_dtype,
     trainable,
 )
+from privgrad.gradients.written import unit_gradients
 from privgrad.mechanism.clipping import ClippingRule, NormsOnly
 from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.noise import SECRET
@@ -145,6 +148,11 @@ class StepRunner:
             Part(block.name, block.slots, Bound.ball(float(threshold)))
             for block, threshold in zip(blocks, thresholds, strict=True)
         ]
+        caps = [block.max_coordinate for block in blocks]
+        joined = None
+        if getattr(plan.compression, "joined", False):
+            joined, slots = _joined(thresholds, caps), dict(self._shapes)
+            parts = [Part("gradient", tuple(slots), Bound.ball(joined.radius))]
         side_bound = None if plan.thresholds is None else plan.thresholds.side_bound(thresholds)
         if side_bound is not None:
             parts.append(Part(_SIDE_SLOT, (_SIDE_SLOT,), side_bound, Consumer.THRESHOLDS))
@@ -162,14 +170,13 @@ class StepRunner:
             side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
         watch = ClippingWatch() if plan.disclose else None
         rule = ClippingRule(plan.clipping, thresholds, side, watch)
-        caps = [block.max_coordinate for block in blocks]
-        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps)
+        request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps, joined)
         if len(fold.index):
             self.engine.accumulate(self.model, self.loss_fn, request)
             if charged is not None and measured:
                 state = self.states["statistics"]
                 charged.add_side(state, self.model, self.loss_fn, batch, fold, sink, _STATISTICS_SLOT, grouped=grouped)
-        self._encoding = encoding
+        self._encoding = encoding if joined is None else Identity(self._shapes)
         self._watch = watch
         return ClippedSum(parts, sink.views, sink.flat, grouped)
 
@@ -201,6 +208,7 @@ class StepRunner:
             self._shapes,
             generator,
             lambda rows: self._public_norms(rows, generator),
+            lambda rows: self._public_gradients(rows, generator),
         )
 
     def _encode(self) -> Encoding:
@@ -209,22 +217,33 @@ class StepRunner:
         return self.plan.compression.encoding(self.states["compression"], self._shapes)
 
     def _public_norms(self, rows: Tree, generator: torch.Generator) -> Tensor:
-        """[units, blocks] of public rows. Groups are of the expected size of the private ones, by public randomness."""
-        device = next(iter(self._parameters.values())).device
-        rows = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, rows)
-        count = len(next(leaf for leaf in pytree.tree_leaves(rows) if isinstance(leaf, Tensor)))
-        fold = Fold.identity(count)
-        if self.plan.groups is not None:
-            of_private = self.plan.sampling.normaliser or count
-            groups = max(1, round(count * self.plan.groups.count / of_private))
-            fold = Fold(torch.randint(groups, (count,), generator=generator), groups)
+        """[units, blocks] of public rows."""
+        rows, fold = self._public_units(rows, generator)
         encoding = self._encode()
         slots = dict(encoding.slots())
         blocks = [block.slots for block in self.plan.clipping.partition(slots)]
         found = NormsOnly()
-        sink = FlatSink(slots, device, accumulation_dtype(self.model))
-        self.engine.accumulate(self.model, self.loss_fn, Request(rows, fold, encoding, blocks, found, sink))
+        sink = FlatSink(slots, next(iter(self._parameters.values())).device, accumulation_dtype(self.model))
+        with _refusing_public_rows():
+            self.engine.accumulate(self.model, self.loss_fn, Request(rows, fold, encoding, blocks, found, sink))
         return torch.cat(found.norms)
+
+    def _public_gradients(self, rows: Tree, generator: torch.Generator) -> Mapping[str, Tensor]:
+        """{parameter: [units, *shape]} of public rows."""
+        rows, fold = self._public_units(rows, generator)
+        with _refusing_public_rows():
+            return unit_gradients(self.engine, self.model, self.loss_fn, rows, fold)
+
+    def _public_units(self, rows: Tree, generator: torch.Generator) -> tuple[Tree, Fold]:
+        """Public rows on the model's device, as the plan's kind of units. Groups have the expected size of the private ones."""
+        device = next(iter(self._parameters.values())).device
+        rows = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, rows)
+        count = len(next(leaf for leaf in pytree.tree_leaves(rows) if isinstance(leaf, Tensor)))
+        if self.plan.groups is None:
+            return rows, Fold.identity(count)
+        of_private = self.plan.sampling.normaliser or count
+        groups = max(1, round(count * self.plan.groups.count / of_private))
+        return rows, Fold(torch.randint(groups, (count,), generator=generator), groups)
 
     def _check(self, noised: NoisedSum) -> None:
         """What was added must be what was charged."""
@@ -251,6 +270,28 @@ class StepRunner:
         mixed, state = self.plan.mixing.mix(self.states["mixing"], weights, mean, rate, source)
         self.states = {**self.states, "mixing": state}
         return Release(noised.receipt, self.plan.divisor, weights=mixed, side=side)
+
+
+@contextmanager
+def _refusing_public_rows() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PrivgradError(
+            f"model and loss cannot take the public rows: {reason}; expected rows of the private data's shapes, types and classes"
+        ) from error
+
+
+def _joined(thresholds: Tensor, caps: list[float | None]) -> Joined:
+    """The set in which units lie that are put together again: the sum of orthogonal blocks, made sure of by scaling."""
+    if len(set(caps)) > 1:
+        raise PrivgradError(
+            "compression.joined needs one bound on coordinates for all blocks, and the clipping gives several"
+        )
+    return Joined(math.hypot(*thresholds.tolist()), caps[0])
 
 
 def _check_partition(blocks: list[Block] | Any, slots: Mapping[str, torch.Size]) -> None:

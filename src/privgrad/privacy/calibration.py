@@ -1,4 +1,4 @@
-"""The smallest noise multiplier that keeps a budget."""
+"""The smallest noise multiplier, or the smallest width of mixing, that keeps a budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from privgrad.errors import PrivgradError, check_number
 from privgrad.privacy.accounting import Precision
+from privgrad.privacy.mixed import NARROWEST, WIDEST
 
 TOLERANCE = 1e-3
 """The multiplier is at most this much (relative) above the smallest one that keeps the budget."""
@@ -34,6 +35,35 @@ def calibrate(spent: Callable[[float, Precision], float], target: float) -> floa
         overstated = spent(near, Precision.COARSE) / exact
         near = _search(lambda z: spent(z, Precision.COARSE) <= target * overstated, start=near, stride=1.1)
     return _search(lambda z: spent(z, Precision.FINE) <= target, start=near, stride=1 + TOLERANCE)
+
+
+def calibrate_width(spent: Callable[[float], float], target: float) -> float:
+    """The smallest width of mixing's uniform (within TOLERANCE), in units of the Gaussian's standard deviation s.
+
+    spent: epsilon of a width, with everything else fixed. It falls from a width to its whole multiples (a wider interval is
+    post-processing), and in between as far as the numbers show; nothing here rests on that.
+
+    Guarantee: spent(result) <= target, always: the result was itself accounted for.
+
+    Raises:
+        PrivgradError: a target below what the widest uniform gives, or that the Gaussian keeps by itself.
+    """
+    check_number("epsilon", target, at_least=SMALLEST_TARGET, at_most=LARGEST_TARGET)
+    low, high = NARROWEST, 0.999 * WIDEST  # rounding must not lift it above
+    least, most = spent(high), spent(low)
+    if least > target:
+        raise PrivgradError(
+            f"no width of mixing reaches epsilon = {target:g}: the widest gives {least:.4g}; raise noise.multiplier or epsilon, "
+            "or take fewer steps"
+        )
+    if most <= target:
+        raise PrivgradError(
+            f"the noise alone has epsilon = {most:.4g}, which is within {target:g}; lower noise.multiplier, or leave out mixing"
+        )
+    while high / low > 1 + TOLERANCE:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= target else (middle, high)
+    return high
 
 
 def _search(holds: Callable[[float], bool], start: float, stride: float = 2.0) -> float:

@@ -39,7 +39,7 @@ _CELLS = (0.015, 0.05)
 """Of the grid of integration, in units of s: near the largest shift, where the supremum usually is, and elsewhere."""
 _MARGIN = 9.0
 """So many s from an edge the uniform looks flat, and so many beyond it nothing is left."""
-_NARROWEST, _WIDEST = 1e-3, 1e5
+NARROWEST, WIDEST = 1e-3, 1e5
 """In units of s: a narrower uniform counts as none, a wider one as a part of it."""
 _SMALLEST_SHIFT = 0.015
 """In units of s: where all shifts are smaller, the bound for small shifts is close to the supremum, and serves alone."""
@@ -61,10 +61,10 @@ def moments(multiplier: float, width: float, cap: float) -> Array:
     """
     s, orders = multiplier, numpy.array(ORDERS)
     gaussian = orders * (orders - 1) / (2 * s * s)
-    if width < _NARROWEST * s:
+    if width < NARROWEST * s:
         return _rounded(gaussian, gaussian)
     # A wide uniform is one of a whole part of its width, moved at random: post-processing.
-    width /= math.ceil(width / (_WIDEST * s))
+    width /= math.ceil(width / (WIDEST * s))
     if cap < _SMALLEST_SHIFT * s:
         return _rounded(_near_zero(s, width, cap, orders), gaussian)
     logs = _log_moments(s, width, cap, orders, _CELLS[0] / 5)

@@ -1,0 +1,38 @@
+"""Recipes under experiments/ that are no plans: they run, and claim nothing."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from privgrad.cli import run as privgrad
+from privgrad.files import read_json
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "experiments" / "modelmix" / "published"
+SMALL = ("--set", "data.source=digits", "--set", "model.name=mlp", "--set", "plan.sampling.expected_batch_size=512")
+
+
+def test_modelmix_as_published_has_no_guarantee(tmp_path: Path) -> None:
+    recipe, out = runpy.run_path(str(PUBLISHED / "recipe.py")), tmp_path / "run"
+    accuracy = recipe["main"](
+        ["--out", str(out), *SMALL, "--set", "plan.steps=30", "--set", "plan.clipping.max_norm=1.0"]
+    )
+    assert accuracy > 0.5
+    certificate = read_json(out / "certificate.json")
+    assert certificate["guarantee"] is False
+    assert certificate["epsilon"] is None
+    assert "nothing is claimed" in certificate["mechanism"]["noise"]
+    assert privgrad(["verify", str(out)]) == 1, "the mechanism is not one that privgrad knows"
+
+
+def test_no_configuration_offers_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers beside it have no epsilon, and mixing does not take its optimizer."""
+    config = [str(PUBLISHED / "recipe.toml"), *SMALL]
+    assert privgrad(["epsilon", *config, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] is None
+    mixing = ["--set", "plan.mixing.kind=modelmix", "--set", "plan.noise.multiplier=0.335"]
+    assert privgrad(["train", *config, *mixing]) == 2
+    assert "mixing needs plain SGD" in capsys.readouterr().err
