@@ -124,8 +124,9 @@ def audit_run(
     """Train `plan` once, on canaries beside other records, and guess from the released gradients which canaries were in.
 
     The model gets a table with one coordinate for each canary, whose gradient lies in it alone. Under replace_one, a canary
-    that is out is replaced by its opposite. model, loss_fn, companions: a model to train along, and the tensors of its records (any: they
-    are there so that the step is a real one); none: the table alone. public: tensors of the same kind, where a stage needs some.
+    that is out is replaced by its opposite. model, loss_fn, companions: a model to train along, and the tensors of its records
+    (any: they are there so that the step is a real one); none: the table alone. public: tensors of the same kind, where a stage
+    needs some.
 
     Guarantee (of the audit): that of `audit_training`.
 
