@@ -7,7 +7,8 @@ falsified is the claimed EVENT of one step, not the epsilon of a training.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,15 @@ class StepAudit:
     epsilon_lower: float
     confidence: float
     trials: int
+    delta: float
+    inside: Sequence[float] = field(default=(), repr=False, compare=False)
+    outside: Sequence[float] = field(default=(), repr=False, compare=False)
+    """Scores of the two worlds, the threshold at 0 and the noise's standard deviation 1, where they are kept."""
+
+    @property
+    def epsilon_lower_95(self) -> float:
+        """At 95 %."""
+        return gdp_epsilon(self.mu_lower_95, self.delta)
 
     @property
     def holds(self) -> bool:
@@ -94,6 +104,7 @@ def audit_step(
     *,
     model: nn.Module | None = None,
     side: Tensor | None = None,
+    public: Tree = None,
     trials: int = 5000,
     confidence: float = 1 - 1e-6,
 ) -> StepAudit:
@@ -103,6 +114,7 @@ def audit_step(
     direction: [dimension] vector on which the noised SUM is projected, best the worlds' difference over each part's variance.
     midpoint: the projection half way between the two worlds: the threshold of the guesses, fixed beforehand.
     model: `Directions` where the plan clips several tensors; None is one. side: [blocks], the same for a side release.
+    public: the public batch, for plans that work with some.
     Every trial starts from the same state, whatever the releases before it.
 
     Guarantee (of the audit): `mu_lower` exceeds the true mu with a chance of at most 1 - confidence.
@@ -110,7 +122,7 @@ def audit_step(
     sampling = FullBatch(divisor=plan.divisor)
     forced = dataclasses.replace(plan, sampling=sampling, steps=2 * trials)
     model = Direction(inside.shape[1]) if model is None else model
-    runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()))
+    runner = StepRunner(forced, model, linear_loss, OnePassEngine(), Ledger(forced.terms()), public)
     start = runner.states
     scores: dict[str, list[float]] = {}
     for world, gradients in (("inside", inside), ("outside", outside)):
@@ -130,6 +142,5 @@ def audit_step(
     lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)
     claimed = claimed_mu(plan)
     tight = mu_lower_bound(scores["inside"], scores["outside"], midpoint, 0.95)
-    return StepAudit(
-        claimed, lower, tight, gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta), confidence, trials
-    )
+    epsilons = gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta)
+    return StepAudit(claimed, lower, tight, *epsilons, confidence, trials, plan.delta)
