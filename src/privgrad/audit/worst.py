@@ -58,13 +58,16 @@ class Tensors(nn.Module):
                 if not hasattr(owner, part):
                     owner.add_module(part, nn.Module())
                 owner = getattr(owner, part)
-            owner.register_parameter(last, nn.Parameter(torch.zeros(size)))
+            owner.register_parameter(last, nn.Parameter(torch.zeros(size, 1)))
         self.norm_before = norm
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[rows, all coordinates] to [rows]."""
         inputs = inputs if self.norm_before is None else self.norm_before(inputs)
-        return inputs @ torch.cat(list(self.parameters()))
+        parameters = list(self.parameters())
+        parts = inputs.split([len(parameter) for parameter in parameters], dim=1)
+        # Tensor by tensor, as a network has them: the engine that is attacked is the one for networks.
+        return torch.cat([part @ each for part, each in zip(parts, parameters, strict=True)], dim=1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ def _owners(runner: _Held, pair: WorstPair, values: Mapping[str, Tensor]) -> dic
 def _split(runner: _Held, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, parameter in runner.model.named_parameters():
-        yield name, flat[start : start + parameter.numel()]
+        yield name, flat[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
 
 
