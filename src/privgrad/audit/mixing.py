@@ -60,6 +60,10 @@ class MixingAudit:
     inside: Sequence[float] = field(repr=False, compare=False)
     outside: Sequence[float] = field(repr=False, compare=False)
 
+    def at(self, confidence: float) -> float:
+        """The lower bound on epsilon at another confidence."""
+        return _shown(numpy.asarray(self.inside), numpy.asarray(self.outside), 0.0, self.delta, confidence)
+
     @property
     def holds(self) -> bool:
         """True where the attack shows no more than the plan claims."""

@@ -80,6 +80,10 @@ class StepAudit:
         """At 95 %."""
         return gdp_epsilon(self.mu_lower_95, self.delta)
 
+    def at(self, confidence: float) -> float:
+        """The lower bound on mu at another confidence, from scores that were kept."""
+        return mu_lower_bound(self.inside, self.outside, 0.0, confidence)
+
     @property
     def holds(self) -> bool:
         """True where the attack shows no more than the plan claims."""

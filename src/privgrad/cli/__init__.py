@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from privgrad.cli import calibrate, compare, epsilon, train, verify
+from privgrad.cli import audit, calibrate, compare, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
 from privgrad.training.stops import InterruptedRunError
 
@@ -22,6 +22,7 @@ app.command("epsilon")(epsilon.epsilon)
 app.command("calibrate")(calibrate.calibrate)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
+app.command("audit")(audit.audit)
 
 
 def main() -> None:
