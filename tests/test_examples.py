@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from examples import foreign_optimizer, own_loop
+from examples import audit_own_training, foreign_optimizer, own_loop
 from examples.tables import breast_cancer
 
 from privgrad.cli import run as privgrad
@@ -24,6 +24,14 @@ def test_own_loop_adds_at_most_six_lines() -> None:
 
 def test_another_framework_may_own_the_optimizer() -> None:
     assert foreign_optimizer.main() > 0.85
+
+
+def test_an_audit_tells_a_broken_training_from_a_private_one() -> None:
+    found = audit_own_training.main()
+    assert not found["plain_sgd"].holds
+    assert not found["broken_dp_sgd"].holds
+    assert found["dp_sgd"].holds
+    assert found["broken_dp_sgd"].epsilon_lower > 1.5 * audit_own_training.CLAIMED
 
 
 def test_a_table_is_trained_with_one_command(tmp_path: Path) -> None:
