@@ -214,7 +214,8 @@ to be found.
 ## False alarms and power
 
 A step audit fails where its bound at confidence 1 - 1e-6 exceeds the claim: a false alarm in at most one of a million. Writing
-this page takes {audits} of them ({audits * 1e-6:.1e} together); the test suite runs some of them only. Tightness is reported at 95 %. At z = {MULTIPLIER:g} an audit with
+this page takes {audits} of them ({audits * 1e-6:.1e} together); the test suite runs some of them only. Tightness is
+reported at 95 %. At z = {MULTIPLIER:g} an audit with
 {ALONE:,} trials in each world finds, 99 times in 100, that {alone} of the noise are missing; one with 60,000 trials, {many}.
 Errors of the noise's scale itself are found sooner, by the tests of its distribution (`tests/mechanism/test_noise.py`).
 
@@ -241,9 +242,9 @@ A small network beside {first["canaries"]:,} canaries, guesses about {first["gue
 ## Every two mechanisms
 
 {len(passed)} combinations that a plan accepts, none refuted; Gaussian ones show {min(gaussian):.0%} to {max(gaussian):.0%} of
-mu. {len(refused) - len(unknown)} are refused by the plan; {len(unknown)} are accepted by the plan and NOT audited, because the audit
-refuses them ({UNKNOWN}). A cell is shown / claimed of the step; a number in brackets is the reason below; a dot: both take
-the same place in a plan.
+mu. {len(refused) - len(unknown)} are refused by the plan; {len(unknown)} are accepted by the plan and NOT audited
+({UNKNOWN}). A cell is shown / claimed of the step;
+a number in brackets is the reason below; a dot: both take the same place in a plan.
 
 {_grid(results["steps"], reasons)}
 
