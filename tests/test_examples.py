@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from examples import batch_norm, foreign_optimizer, own_loop
+from examples import audit_own_training, batch_norm, foreign_optimizer, own_loop
 from examples.tables import breast_cancer
 
 from privgrad.cli import run as privgrad
@@ -35,6 +35,14 @@ def test_batch_norm_trains_with_statistics_that_are_charged(tmp_path: Path) -> N
     assert "part of the release, and of its noise multiplier, in every step" in certificate["mechanism"]["statistics"]
     assert certificate["plan"]["statistics"]["kind"] == "private"
     assert privgrad(["verify", str(tmp_path / "run")]) == 0
+
+
+def test_an_audit_tells_a_broken_training_from_a_private_one() -> None:
+    found = audit_own_training.main()
+    assert not found["plain_sgd"].holds
+    assert not found["broken_dp_sgd"].holds
+    assert found["dp_sgd"].holds
+    assert found["broken_dp_sgd"].epsilon_lower > 1.5 * audit_own_training.CLAIMED
 
 
 def test_a_table_is_trained_with_one_command(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ falsified is the claimed EVENT of one step, not the epsilon of a training.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,19 @@ class StepAudit:
     epsilon_lower: float
     confidence: float
     trials: int
+    delta: float
+    inside: Sequence[float] = field(default=(), repr=False, compare=False)
+    outside: Sequence[float] = field(default=(), repr=False, compare=False)
+    """Scores of the two worlds, the threshold at 0 and the noise's standard deviation 1, where they are kept."""
+
+    @property
+    def epsilon_lower_95(self) -> float:
+        """At 95 %."""
+        return gdp_epsilon(self.mu_lower_95, self.delta)
+
+    def at(self, confidence: float) -> float:
+        """The lower bound on mu at another confidence, from scores that were kept."""
+        return mu_lower_bound(self.inside, self.outside, 0.0, confidence)
 
     @property
     def holds(self) -> bool:
@@ -132,6 +146,5 @@ def audit_step(
     lower = mu_lower_bound(scores["inside"], scores["outside"], midpoint, confidence)
     claimed = claimed_mu(plan)
     tight = mu_lower_bound(scores["inside"], scores["outside"], midpoint, 0.95)
-    return StepAudit(
-        claimed, lower, tight, gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta), confidence, trials
-    )
+    epsilons = gdp_epsilon(claimed, plan.delta), gdp_epsilon(lower, plan.delta)
+    return StepAudit(claimed, lower, tight, *epsilons, confidence, trials, plan.delta)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from privgrad.cli import advise, calibrate, compare, epsilon, train, verify
+from privgrad.cli import advise, audit, calibrate, compare, epsilon, train, verify
 from privgrad.errors import PrivgradError, command
 from privgrad.training.stops import InterruptedRunError
 
@@ -23,6 +23,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("verify")(verify.verify)
 app.command("compare")(compare.compare)
 app.command("advise")(advise.advise)
+app.command("audit")(audit.audit)
 
 
 def main() -> None:

@@ -213,12 +213,12 @@ def _mixing(plan: Plan, step: Effect, optimizer: Optimizer, weights: float, mode
     walked = _rate(optimizer.param_groups[0]) * _KEPT_BY_MIXING * math.sqrt(plan.steps)
     high = math.sqrt(12 / coordinates) * _WALK[1] * weights / walked if walked > 0 else math.inf
     width = plan.mixing.width_ratio
-    where = "below" if width < low else "above" if width > high else "inside"
-    what = (
-        f"{width:g} is {where} the range"
-        if low <= high
-        else "there is no width that helps and is harmless at this rate"
-    )
+    what = "the width follows from epsilon"
+    if width != "calibrate":
+        where = "below" if width < low else "above" if width > high else "inside"
+        what = f"{width:g} is {where} the range"
+    if low > high:
+        what = "there is no width that helps and is harmless at this rate"
     return Advice(
         "mixing",
         {"low": low, "high": high},
