@@ -23,7 +23,7 @@ from privgrad.gradients.contract import Fold
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.groups import RandomGroups
-from privgrad.mechanism.mixing import ModelMix
+from privgrad.mechanism.mixing import CALIBRATE, ModelMix
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
 from privgrad.mechanism.step import StepRunner
@@ -90,6 +90,8 @@ def shape_of(plan: Plan) -> Shape:
         raise PrivgradError("the plan has no mixing; audit it with audit.worst.audit_plan")
     if not plan.noise.multiplier:
         raise PrivgradError("the plan has no noise, so there is no claim to audit")
+    if plan.mixing.width_ratio == CALIBRATE:
+        raise PrivgradError("the plan's width follows from an epsilon; calibrate it before it is audited")
     distance = presence_distance(Bound.ball(plan.clipping.max_norm), grouped=plan.groups is not None)
     p = plan.clipping.p if isinstance(plan.clipping, CoordinateClipping) else 1.0
     coordinates = min(int(p), _MOST_COORDINATES)

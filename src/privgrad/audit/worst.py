@@ -243,7 +243,7 @@ def _seen(runner: _Held, release: Release) -> dict[str, Tensor]:
     """{slot: noised sum}: the release in the form that noise was added in."""
     assert release.update is not None
     update = {name: value.mul(release.divisor)[None] for name, value in release.update.items()}
-    found = {slot: value[0] for slot, value in runner._encode().encode(update).items()}
+    found = {slot: value[0] for slot, value in runner._encoding.encode(update).items()}
     for consumer, values in (release.side or {}).items():
         if consumer is not Consumer.UPDATE:
             found |= values
