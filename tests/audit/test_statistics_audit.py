@@ -104,5 +104,5 @@ class Halved(pg.PrivateStatistics):
 
 
 def test_r_in_the_place_of_2r_is_found() -> None:
-    found = attack(Halved(max_norm=R), *turned_around(), first_moments(), 0.5, 2.0, groups=pg.RandomGroups(1))
+    found = attack(Halved(max_norm=R), *turned_around(), first_moments(), 0.9, 2.0, groups=pg.RandomGroups(1))
     assert not found.holds

@@ -768,8 +768,8 @@ MUTANTS = (
     Mutant(
         "coordinates are not cut",
         "gradients/collector.py",
-        "                if cap is None:",
-        "                if True:",
+        "                elif cap is None:",
+        "                elif True:",
         (CLIPPING,),
     ),
     Mutant(
@@ -896,8 +896,8 @@ MUTANTS = (
     Mutant(
         "another mask for the norms than for the sums",
         "gradients/terms.py",
-        "return Outer(self.left.index_select(2, rows.to(self.left.device)), self.right)",
-        "return Outer(self.left[:, :, : len(rows)], self.right)",
+        "return replace(self, left=self.left.index_select(2, rows.to(self.left.device)))",
+        "return replace(self, left=self.left[:, :, : len(rows)])",
         (SPARSIFICATION,),
     ),
     Mutant(
