@@ -20,7 +20,7 @@ from scipy.stats import norm
 import privgrad as pg
 from privgrad.audit.mixing import audit_mixing
 from privgrad.audit.one_run import audit_run
-from privgrad.audit.worst import audit_plan
+from privgrad.audit.worst import audit_plan, worst_pair
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.plan import Plan
 from tests.audit import one_run
@@ -31,7 +31,6 @@ MULTIPLIER, ALONE, MET, MET_IN_PAIRS, MIXED = 0.35, 5000, 1200, 500, 20_000
 """z; trials in each world where canaries stand side by side, where they meet (one by one), and of mixing."""
 CONFIDENCE, TIGHT = 1 - 1e-6, 0.8
 ONE_RUN_EPSILON, ONE_RUN_STEPS, ONE_RUN_CANARIES = 4.0, 10, 10_000
-UNKNOWN = "the audit of mixing knows plans without compression and statistics"
 Row = dict[str, Any]
 
 STAGES: Mapping[str, tuple[str, Any]] = {
@@ -83,13 +82,14 @@ def combined(*names: str) -> Plan | None:
 def audited(*names: str) -> Row | None:
     """One row: the step audit of the plan with these mechanisms, or the reason why there is none. None: the same slot twice."""
     row: Row = {"mechanisms": list(names), "reason": None}
-    one_by_one = MET if len(names) == 1 else MET_IN_PAIRS
     try:
         plan = combined(*names)
         if plan is None:
             return None
+        one_by_one = MET if len(names) == 1 else MET_IN_PAIRS
+        alone = worst_pair(plan).canaries == 1
         if plan.mixing is not None:
-            trials = one_by_one if plan.groups is not None else MIXED
+            trials = one_by_one if alone else MIXED
             mixed = audit_mixing(plan, trials=trials, confidence=CONFIDENCE)
             claimed, asserted, tight = mixed.epsilon_claimed, mixed.epsilon_lower, mixed.epsilon_lower_95
             return {
@@ -103,12 +103,7 @@ def audited(*names: str) -> Row | None:
                 "epsilon_claimed": claimed,
                 "epsilon_lower": tight,
             }
-        meet = (
-            plan.groups is not None
-            or plan.statistics is not None
-            or "thresholds" in str(names).replace("public th", "")
-        )
-        found = audit_plan(plan, trials=one_by_one if meet else ALONE, confidence=CONFIDENCE)
+        found = audit_plan(plan, trials=one_by_one if alone else ALONE, confidence=CONFIDENCE)
         return {
             **row,
             "scale": "mu",
@@ -186,7 +181,6 @@ def page(results: Mapping[str, list[Row]]) -> str:
     pairs = [row for row in results["steps"] if len(row["mechanisms"]) == 2]
     passed, refused = [row for row in pairs if not row["reason"]], [row for row in pairs if row["reason"]]
     runs = {row["mechanism"]: row for row in results["runs"]}
-    unknown = [row for row in refused if UNKNOWN in row["reason"]]
     reasons = list(dict.fromkeys(row["reason"] for row in refused))
     gaussian = [row["lower"] / row["claimed"] for row in singles + passed if row["scale"] == "mu"]
     audits = len(singles) + len(passed)
@@ -245,9 +239,8 @@ A small network beside {first["canaries"]:,} canaries, guesses about {first["gue
 ## Every two mechanisms
 
 {len(passed)} combinations that a plan accepts, none refuted; Gaussian ones show {min(gaussian):.0%} to {max(gaussian):.0%} of
-mu. {len(refused) - len(unknown)} are refused by the plan; {len(unknown)} are accepted by the plan and NOT audited
-({UNKNOWN}). A cell is shown / claimed of the step;
-a number in brackets is the reason below; a dot: both take the same place in a plan.
+mu. {len(refused)} are refused by the plan. A cell is shown / claimed of the step; a number in brackets is the reason below; a
+dot: both take the same place in a plan.
 
 {_grid(results["steps"], reasons)}
 

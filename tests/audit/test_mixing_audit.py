@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import privgrad as pg
-from privgrad.audit.mixing import audit_mixing, claimed_epsilon, shape_of
+from privgrad.audit.mixing import audit_mixing, claim_of, claimed_epsilon
 from privgrad.mechanism.mixing import ModelMix
 from privgrad.mechanism.plan import Plan
 from tests.helpers import full_batch_plan
@@ -31,7 +31,7 @@ def plan(**changes: object) -> Plan:
 def test_the_attack_stays_below_the_claim_and_comes_near_it() -> None:
     torch.set_num_threads(1)
     assert plan().step_event().width == pytest.approx(WIDTH)
-    assert shape_of(plan()).width == pytest.approx(WIDTH)
+    assert claim_of(plan()).width == pytest.approx(WIDTH)
     found = audit_mixing(plan(), trials=100_000)
     assert found.holds
     assert found.epsilon_lower_95 >= 0.6 * found.epsilon_claimed
@@ -65,5 +65,5 @@ def test_weights_that_coincide_without_a_width_are_found() -> None:
 def test_what_it_cannot_audit_is_refused() -> None:
     with pytest.raises(pg.PrivgradError, match="no mixing"):
         audit_mixing(plan(mixing=None))
-    with pytest.raises(pg.RefusedError, match="without compression"):
-        audit_mixing(plan(compression=pg.RandomSparsification()))
+    with pytest.raises(pg.PrivgradError, match="calibrate it"):
+        audit_mixing(plan(mixing=ModelMix(width_ratio="calibrate")))

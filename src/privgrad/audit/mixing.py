@@ -1,6 +1,7 @@
 """The step audit of ModelMix: no Gaussian mechanism, so that it is attacked by its exact likelihood ratio (arXiv:2210.03843).
 
-A step releases the clipped sum plus, in every coordinate, a Gaussian and a uniform. The attacker knows both and both worlds.
+A step releases the clipped sum plus, in every coordinate, a Gaussian and a uniform. The attacker knows both, and both worlds: those
+of `worst.worst_pair`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 import torch
@@ -17,19 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privgrad.audit.gaussian import clopper_pearson_lower
-from privgrad.audit.step import Direction, linear_loss
-from privgrad.errors import PrivgradError, RefusedError, check_count
+from privgrad.audit.step import linear_loss
+from privgrad.audit.worst import Held, WorstPair, worst_pair
+from privgrad.errors import PrivgradError, check_count
 from privgrad.gradients.contract import Fold
 from privgrad.gradients.onepass import OnePassEngine
-from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
-from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.mixing import CALIBRATE, ModelMix
 from privgrad.mechanism.plan import Plan
-from privgrad.mechanism.sampling import FullBatch
-from privgrad.mechanism.step import StepRunner
+from privgrad.mechanism.states import ClippedSum, Consumer
 from privgrad.privacy import mixed
+from privgrad.privacy.events import MixedGaussianDpEvent
 from privgrad.privacy.ledger import Ledger
-from privgrad.privacy.sensitivity import Bound, presence_distance
 from privgrad.training.progress import ProgressDisplay, Silent
 
 Array = NDArray[numpy.float64]
@@ -37,10 +37,8 @@ Array = NDArray[numpy.float64]
 DELTA = 1e-3
 """At which a single step of mixing is audited: smaller ones need more trials than anybody runs."""
 _RATE = 0.5
-_PULL = 1e3
-_OTHERS = 24
-_MOST_NUMBERS, _MOST_COORDINATES, _MOST_CANARIES = 6_000_000, 4096, 250
-_REHEARSALS = 20_000
+_REHEARSALS, _MOST_REHEARSED = 20_000, 4_000_000
+"""Draws from which the threshold is chosen, and how many numbers they may be in all."""
 
 
 @dataclass(frozen=True)
@@ -71,39 +69,35 @@ class MixingAudit:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of the step's noise, on the clipped sum. shift: per coordinate, between the worlds; over `coordinates` of them.
+class Noise:
+    """On every coordinate of the clipped sum: a Gaussian of standard deviation s and a uniform of this width."""
 
-    distance: R; s: of the Gaussian; width: of the uniform.
-    """
-
-    distance: float
     s: float
     width: float
-    shift: float
-    coordinates: int
 
 
-def shape_of(plan: Plan) -> Shape:
-    """From the plan's own numbers."""
-    if not isinstance(plan.mixing, ModelMix) or not isinstance(plan.clipping, FlatClipping):
+def claim_of(plan: Plan) -> MixedGaussianDpEvent:
+    """What one step of the plan is charged as, with every unit in it.
+
+    Raises:
+        PrivgradError: a plan without mixing or noise, or whose width is not known yet.
+    """
+    if not isinstance(plan.mixing, ModelMix):
         raise PrivgradError("the plan has no mixing; audit it with audit.worst.audit_plan")
     if not plan.noise.multiplier:
         raise PrivgradError("the plan has no noise, so there is no claim to audit")
     if plan.mixing.width_ratio == CALIBRATE:
         raise PrivgradError("the plan's width follows from an epsilon; calibrate it before it is audited")
-    distance = presence_distance(Bound.ball(plan.clipping.max_norm), grouped=plan.groups is not None)
-    p = plan.clipping.p if isinstance(plan.clipping, CoordinateClipping) else 1.0
-    coordinates = min(int(p), _MOST_COORDINATES)
-    width = plan.mixing.width_ratio * plan.divisor
-    return Shape(distance, plan.noise.multiplier * distance, width, distance / math.sqrt(p), coordinates)
+    event = worst_pair(plan).plan.step_event()
+    if not isinstance(event, MixedGaussianDpEvent):
+        raise PrivgradError(f"a step of the plan is charged as {type(event).__name__}, which is no mixing")
+    return event
 
 
 def claimed_epsilon(plan: Plan, delta: float = DELTA) -> float:
     """Of one step with every unit in it."""
-    shape = shape_of(plan)
-    multiplier, width = shape.s / shape.distance, shape.width / shape.distance
-    found = mixed.rdp(1.0, multiplier, width, shape.shift / shape.distance)
+    claim = claim_of(plan)
+    found = mixed.rdp(1.0, claim.noise_multiplier, claim.width, 1 / math.sqrt(claim.p))
     return float(compute_epsilon([float(order) for order in mixed.ORDERS], found, delta)[0])
 
 
@@ -118,87 +112,99 @@ def audit_mixing(
 ) -> MixingAudit:
     """Attack one step of a plan with mixing: both last weights are equal, where the uniform is narrowest.
 
-    trials: in each of the two worlds. delta: at which both epsilons are stated. width: of the uniform, as the attacker
-    believes it to be (the plan's by default).
+    trials: in each of the two worlds. delta: at which both epsilons are stated. width: of the uniform on the sum, as the
+    attacker believes it to be (the plan's by default).
 
     Guarantee (of the audit): `epsilon_lower` exceeds the true epsilon at delta with a chance of at most 1 - confidence.
     """
     check_count("trials", trials)
-    if plan.compression is not None or plan.statistics is not None:
-        raise RefusedError(
-            "the audit of mixing knows plans without compression and statistics; leave them out of the plan"
-        )
-    believed = dataclasses.replace(shape_of(plan), width=shape_of(plan).width if width is None else width)
-    at = _threshold(believed, delta)
-    display = Silent() if progress is None else progress
-    worlds = observed(plan, trials, display)
-    inside, outside = (likelihood_ratio(sums, believed) - at for sums in worlds)
-    lower, tight = (_shown(inside, outside, 0.0, delta, level) for level in (confidence, 0.95))
     claimed = claimed_epsilon(plan, delta)
-    return MixingAudit(claimed, lower, tight, delta, confidence, trials, inside.tolist(), outside.tolist())
-
-
-def observed(plan: Plan, trials: int, display: ProgressDisplay) -> tuple[Array, Array]:
-    """[trials, coordinates] each, with and without the canary: what the released weights show of noise and shift."""
-    shape = shape_of(plan)
-    grouped = plan.groups is not None
-    canaries = 1 if grouped else max(1, min(_MOST_CANARIES, int(math.sqrt(_MOST_NUMBERS / shape.coordinates))))
-    dimension = canaries * shape.coordinates
-    pulls = _PULL * torch.eye(canaries).repeat_interleave(shape.coordinates, dim=1)
-    others = torch.full((_OTHERS, dimension), -5.0) if grouped else torch.zeros(1, dimension)
-    inside = torch.cat([(len(others) if grouped else 1) * pulls, others])
-    rounds = -(-trials // canaries)
-    runner = _runner(plan, dimension, 2 * rounds, shape.width)
-    # Groups: without the canary their sum is the opposite of what it is with it.
-    base = -shape.shift / 2 if grouped else 0.0
+    display = Silent() if progress is None else progress
+    attack = _Attack(worst_pair(plan), trials, width)
+    at = _threshold(attack.shift, attack.noise, delta)
+    rounds = -(-trials // int(attack.through.sum()))
     display.start(0, 2 * rounds)
-    found: list[list[Array]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     try:
-        for world, rows in enumerate((inside, others)):
+        for world, rows in enumerate((attack.pair.inside, attack.pair.outside)):
             for number in range(1, rounds + 1):
-                found[world].append(_sum(runner, rows).reshape(canaries, -1) - base)
+                found[world].append(attack.scores(rows))
                 display.step(world * rounds + number, "")
     finally:
         display.stop()
-    first, second = (numpy.concatenate(sums)[:trials] for sums in found)
-    return first, second
+    inside, outside = (torch.cat(scores)[:trials].numpy() - at for scores in found)
+    lower, tight = (_shown(inside, outside, 0.0, delta, level) for level in (confidence, 0.95))
+    return MixingAudit(claimed, lower, tight, delta, confidence, trials, inside.tolist(), outside.tolist())
 
 
-def _runner(plan: Plan, dimension: int, steps: int, width: float) -> StepRunner:
-    """One group where there are groups: the width of the uniform on the sum stays what it is."""
-    forced = dataclasses.replace(plan, sampling=FullBatch(divisor=plan.divisor), steps=steps)
-    if isinstance(plan.groups, RandomGroups) and isinstance(plan.mixing, ModelMix):
-        mixing = dataclasses.replace(plan.mixing, width_ratio=width)
-        forced = dataclasses.replace(forced, groups=dataclasses.replace(plan.groups, count=1), mixing=mixing)
-    return StepRunner(forced, Direction(dimension), linear_loss, OnePassEngine(), Ledger(forced.terms()))
+class _Attack:
+    """The step that is attacked, and what the attacker knows: by how much each coordinate moves, and the noise on it.
+
+    shift: [coordinates that move], of the first canary. through: [canaries], whom no mask keeps from the sum.
+    """
+
+    def __init__(self, pair: WorstPair, trials: int, width: float | None) -> None:
+        plan, mixing = pair.plan, pair.plan.mixing
+        assert isinstance(mixing, ModelMix)
+        assert mixing.width_ratio != CALIBRATE
+        self.pair = pair
+        forced = dataclasses.replace(plan, steps=2 * trials)
+        ledger = Ledger(forced.terms())
+        self._runner = Held(forced, pair.model, linear_loss, OnePassEngine(), ledger, pair.public, apart=lambda: True)
+        inside, outside = (
+            self._runner.clipped_sum((rows,), Fold.identity(len(rows))) for rows in (pair.inside, pair.outside)
+        )
+        noise: Any = plan.noise
+        believed = mixing.width_ratio * plan.divisor if width is None else width
+        self.noise = Noise(max(noise.scales(inside).values()), believed)
+        self._base = self._flat(outside)
+        self._moved = self._flat(inside) - self._base
+        length = torch.zeros(pair.canaries, dtype=torch.float64).index_add_(0, pair.of, self._moved.square())
+        self.through = length > 0.999 * length.max()
+        first = int(self.through.nonzero()[0])
+        own = self._moved[pair.of == first]
+        self.shift: Array = own[own != 0].numpy()
+        if not len(self.shift):
+            raise PrivgradError("the worst pair that was tried does not move this plan's step at all: nothing to audit")
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """[canaries that the step lets through]: one step's log-likelihood ratios, from weights that are zero, and were."""
+        self._runner.states = {**self._runner.states, "mixing": {}}
+        release = self._runner.release((rows,), Fold.identity(len(rows)), rate=_RATE)
+        if release.weights is None:
+            raise PrivgradError("a plan with mixing released no weights")
+        weights = torch.cat([release.weights[name].flatten() for name, _ in self._runner.model.named_parameters()])
+        seen = -weights.double() * release.divisor / _RATE - self._base
+        moves = self._moved != 0
+        terms = torch.zeros_like(seen)
+        terms[moves] = torch.from_numpy(_ratios(seen[moves].numpy(), self._moved[moves].numpy(), self.noise))
+        return torch.zeros(self.pair.canaries, dtype=torch.float64).index_add_(0, self.pair.of, terms)[self.through]
+
+    def _flat(self, sums: ClippedSum) -> Tensor:
+        """A clipped sum as one vector of the model's coordinates."""
+        slots = {
+            slot: sums.values[slot] for part in sums.parts if part.consumer is Consumer.UPDATE for slot in part.slots
+        }
+        decoded = self._runner._encoding.decode(slots)
+        names = [name for name, _ in self._runner.model.named_parameters()]
+        return torch.cat([decoded[name].flatten() for name in names]).double()
 
 
-def _sum(runner: StepRunner, rows: Tensor) -> Array:
-    """One step from weights that are zero, and were: the noised sum as its release shows it."""
-    runner.states = {**runner.states, "mixing": {}}
-    release = runner.release((rows,), Fold.identity(len(rows)), rate=_RATE)
-    if release.weights is None:
-        raise PrivgradError("a plan with mixing released no weights")
-    seen: Array = -release.weights["weight"].double().numpy() * release.divisor / _RATE
-    return seen
+def _ratios(seen: Array, shift: Array, noise: Noise) -> Array:
+    """[..., coordinates]: log-likelihood of a sum where the canary moves it by `shift` over that where it does not."""
+    if noise.width == 0:
+        return (seen - shift / 2) * shift / noise.s**2
+    inside = mixed._log_density(seen - shift, noise.s, noise.width)
+    return inside - mixed._log_density(seen, noise.s, noise.width)
 
 
-def likelihood_ratio(sums: Array, shape: Shape) -> Array:
-    """[trials]: log of the canary's presence over its absence, every coordinate moved by `shape.shift`."""
-    if shape.width == 0:
-        ratio: Array = ((sums - shape.shift / 2) * shape.shift / shape.s**2).sum(1)
-        return ratio
-    density = mixed._log_density
-    together: Array = density(sums - shape.shift, shape.s, shape.width) - density(sums, shape.s, shape.width)
-    return numpy.asarray(together.sum(1))
-
-
-def _threshold(shape: Shape, delta: float) -> float:
+def _threshold(shift: Array, noise: Noise, delta: float) -> float:
     """Fixed beforehand, from draws of the two distributions and not from what is audited."""
     chance = numpy.random.default_rng(0)
-    size = (_REHEARSALS, shape.coordinates)
-    draws = chance.normal(0, shape.s, size) + shape.width * chance.uniform(-0.5, 0.5, size)
-    inside, outside = likelihood_ratio(draws + shape.shift, shape), likelihood_ratio(draws, shape)
+    count = max(1000, min(_REHEARSALS, _MOST_REHEARSED // len(shift)))
+    size = (count, len(shift))
+    draws = chance.normal(0, noise.s, size) + noise.width * chance.uniform(-0.5, 0.5, size)
+    inside, outside = (_ratios(sums, shift, noise).sum(1) for sums in (draws + shift, draws))
     chosen = numpy.quantile(inside, numpy.linspace(0.5, 0.99, 30))
     return float(max(chosen, key=lambda at: _shown(inside, outside, float(at), delta, 0.95)))
 

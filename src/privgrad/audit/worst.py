@@ -21,8 +21,8 @@ from privgrad.audit.step import StepAudit, claimed_mu, linear_loss
 from privgrad.errors import PrivgradError, RefusedError, check_count
 from privgrad.gradients.contract import Fold
 from privgrad.gradients.onepass import OnePassEngine
-from privgrad.mechanism.clipping import CoordinateClipping
 from privgrad.mechanism.groups import RandomGroups
+from privgrad.mechanism.mixing import CALIBRATE, ModelMix
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
 from privgrad.mechanism.sparsification import RandomSparsification
@@ -98,6 +98,10 @@ def worst_pair(plan: Plan, sizes: Mapping[str, int] | None = None) -> WorstPair:
     if isinstance(plan.groups, RandomGroups):
         groups = dataclasses.replace(plan.groups, count=min(plan.groups.count, _MOST_GROUPS))
         forced = dataclasses.replace(forced, groups=groups, sampling=FullBatch(divisor=float(_MOST_GROUPS)))
+    if isinstance(plan.mixing, ModelMix) and plan.mixing.width_ratio != CALIBRATE:
+        # On the sum the uniform is as wide as it was, whatever the divisor.
+        mixing = dataclasses.replace(plan.mixing, width_ratio=plan.mixing.width_ratio * plan.divisor / forced.divisor)
+        forced = dataclasses.replace(forced, mixing=mixing)
     meet = (
         plan.groups is not None
         or plan.statistics is not None
@@ -105,7 +109,9 @@ def worst_pair(plan: Plan, sizes: Mapping[str, int] | None = None) -> WorstPair:
     )
     apart = not meet and isinstance(plan.compression, RandomSparsification | None)
     canaries = _SIDE_BY_SIDE if apart else 1
-    needed = plan.clipping.p if isinstance(plan.clipping, CoordinateClipping) else 1.0
+    needed = float(getattr(plan.clipping, "p", 1.0))
+    if isinstance(plan.compression, RandomSparsification):
+        needed /= 1 - plan.compression.final_ratio
     chosen = _enlarged(SIZES if sizes is None else sizes, needed)
     if sum(chosen.values()) * canaries > 8 * _MOST_COORDINATES:
         canaries = max(1, 8 * _MOST_COORDINATES // sum(chosen.values()))
@@ -149,7 +155,7 @@ def audit_plan(
     display = Silent() if progress is None else progress
     forced = dataclasses.replace(pair.plan, steps=2 * trials)
     # The model's rows do not see one another: groups go the way of those that do not, and with local steps the other one.
-    runner = _Held(
+    runner = Held(
         forced, pair.model, linear_loss, OnePassEngine(), Ledger(forced.terms()), pair.public, apart=lambda: True
     )
     likelihood = _Likelihood.of(runner, pair)
@@ -175,7 +181,7 @@ def audit_plan(
     )
 
 
-class _Held(StepRunner):
+class Held(StepRunner):
     """A step runner whose stages look at public things once: every trial has the same masks, bases and statistics."""
 
     _looked = False
@@ -204,7 +210,7 @@ class _Likelihood:
         return self.length > 0.999 * self.length.max()
 
     @staticmethod
-    def of(runner: _Held, pair: WorstPair) -> _Likelihood:
+    def of(runner: Held, pair: WorstPair) -> _Likelihood:
         """From the clipped sums of the two worlds, before any noise, and the noise that the plan puts on them."""
         inside = runner.clipped_sum((pair.inside,), Fold.identity(len(pair.inside)))
         outside = runner.clipped_sum((pair.outside,), Fold.identity(len(pair.outside)))
@@ -223,7 +229,7 @@ class _Likelihood:
             raise PrivgradError("the worst pair that was tried does not move this plan's step at all: nothing to audit")
         return _Likelihood(direction, owners, (along(inside.values) + along(outside.values)) / 2, length)
 
-    def scores(self, runner: _Held, release: Release) -> Tensor:
+    def scores(self, runner: Held, release: Release) -> Tensor:
         """[canaries that the step lets through]: N(+-mu / 2, 1), by the world, where the step is as it claims."""
         found = _projected(self.direction, self.owners, _seen(runner, release), len(self.length))
         return ((found - self.middle) / self.length)[self.through]
@@ -239,7 +245,7 @@ def _projected(
     return total
 
 
-def _seen(runner: _Held, release: Release) -> dict[str, Tensor]:
+def _seen(runner: Held, release: Release) -> dict[str, Tensor]:
     """{slot: noised sum}: the release in the form that noise was added in."""
     assert release.update is not None
     update = {name: value.mul(release.divisor)[None] for name, value in release.update.items()}
@@ -250,7 +256,7 @@ def _seen(runner: _Held, release: Release) -> dict[str, Tensor]:
     return found
 
 
-def _owners(runner: _Held, pair: WorstPair, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _owners(runner: Held, pair: WorstPair, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{slot: [coordinates] of which canary}."""
     if pair.canaries == 1:
         return {slot: torch.zeros(value.numel(), dtype=torch.int64) for slot, value in values.items()}
@@ -260,7 +266,7 @@ def _owners(runner: _Held, pair: WorstPair, values: Mapping[str, Tensor]) -> dic
     return {slot: value[0].flatten().to(torch.int64) for slot, value in runner._encode().encode(ids).items()}
 
 
-def _split(runner: _Held, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _split(runner: Held, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
     start = 0
     for name, parameter in runner.model.named_parameters():
         yield name, flat[start : start + parameter.numel()].view(parameter.shape)
