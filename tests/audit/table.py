@@ -130,6 +130,8 @@ def trained(name: str) -> Row:
     plan = Plan(sampling=pg.FullBatch(divisor=100.0), steps=ONE_RUN_STEPS, **stages)
     if getattr(stage, "needs_public", False):
         return {"mechanism": name, "reason": "it needs public data, and the table of canaries alone has none"}
+    if slot == "statistics":
+        return {"mechanism": name, "reason": "it needs a layer of the model, and the table of canaries alone has none"}
     found = audit_run(plan.calibrate(ONE_RUN_EPSILON), canaries=ONE_RUN_CANARIES)
     return {
         "mechanism": name,

@@ -1,6 +1,6 @@
 """The step audit of ModelMix: no Gaussian mechanism, so that it is attacked by its exact likelihood ratio (arXiv:2210.03843).
 
-A step releases the clipped sum plus, in every coordinate, a Gaussian and a uniform. The attacker knows both, and both worlds: those
+A step releases the clipped sum plus, in every coordinate, a Gaussian and a uniform. Attackers know both, and both worlds: those
 of `worst.worst_pair`.
 """
 
