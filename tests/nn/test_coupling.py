@@ -110,7 +110,10 @@ def test_a_coupling_layer_anywhere_is_found_and_named(
     modules.insert(place, nn.Sequential(nn.Identity(), bad) if nested else bad)
     name = f"{place}.1" if nested else f"{place}"
     findings = found(nn.Sequential(nn.Sequential(*modules), nn.Linear(6, 3)))
-    assert {finding.where for finding in findings} == {f"0.{name} ({type(bad).__name__})"}
+    named = [finding.where for finding in findings]
+    assert f"0.{name} ({type(bad).__name__})" in named
+    # A layer after it may be named beside it, where it makes rounding errors large; one before it never.
+    assert all(int(where.split(" ")[0].split(".")[1]) >= place for where in named)
 
 
 def test_every_layer_that_couples_is_named_at_once() -> None:
