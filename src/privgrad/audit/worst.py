@@ -22,6 +22,7 @@ from privgrad.errors import PrivgradError, RefusedError, check_count
 from privgrad.gradients.contract import Fold
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.groups import RandomGroups
+from privgrad.mechanism.layerwise import LayerwiseClipping
 from privgrad.mechanism.mixing import CALIBRATE, ModelMix
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import FullBatch
@@ -117,6 +118,8 @@ def worst_pair(plan: Plan, sizes: Mapping[str, int] | None = None) -> WorstPair:
         canaries = max(1, 8 * _MOST_COORDINATES // sum(chosen.values()))
     of = torch.cat([torch.arange(canaries).repeat_interleave(size) for size in chosen.values()])
     pulls = _PULL * (of == torch.arange(canaries)[:, None]).to(torch.float32)
+    if plan.mixing is not None:
+        pulls *= _pulled(plan, chosen, canaries, math.ceil(needed))
     dimension = len(of)
     others = _others(plan, dimension)
     weight = len(others) if plan.groups is not None else 1
@@ -278,6 +281,16 @@ def _others(plan: Plan, dimension: int) -> Tensor:
     if plan.groups is not None:
         return torch.full((24 * min(plan.groups.count, _MOST_GROUPS), dimension), _AGAINST)
     return 0.5 + torch.randn(3, dimension, generator=torch.Generator().manual_seed(0))
+
+
+def _pulled(plan: Plan, sizes: Mapping[str, int], canaries: int, needed: int) -> Tensor:
+    """[coordinates]: beside a uniform a shift shows best in as few as the bound on each allows, and one in every block."""
+    wanted = [max(1, min(size, needed)) for size in sizes.values()]
+    if not isinstance(plan.clipping, LayerwiseClipping):
+        for place in range(1, len(wanted)):
+            wanted[place] = max(0, min(wanted[place], needed - sum(wanted[:place])))
+    parts = [(torch.arange(size) < count).repeat(canaries) for size, count in zip(sizes.values(), wanted, strict=True)]
+    return torch.cat(parts).to(torch.float32)
 
 
 def _enlarged(sizes: Mapping[str, int], coordinates: float) -> Mapping[str, int]:
