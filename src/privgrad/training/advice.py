@@ -24,7 +24,7 @@ from privgrad.training.outlook import Effect, Outlook, outlook, public_steps, sc
 _NEARLY = 0.95
 """What gives this share of the best progress is as good: estimates are no better."""
 _WALK = (1.0, 3.0)
-"""How far the noise of a whole training may move the weights, over their initial norm: where well tuned plans are found."""
+"""How far the noise of a whole training may move the weights, over their initial norm: where three tuned plans stood."""
 _KEPT_BY_MIXING = 2 / 3
 """A mixed step starts half way between the last two weights: of each step two thirds stay, in the long run."""
 
@@ -171,7 +171,7 @@ def _learning_rate(plan: Plan, step: Effect, optimizer: Optimizer, weights: floa
         topic,
         {"low": low, "high": high},
         f"{group['lr']:g}{momentum} is {where} {low:.2g} to {high:.2g}: over {plan.steps} steps the noise alone moves the "
-        f"weights by {walk:.2g}, {walk / weights:.2g} times their initial norm, and well tuned plans are found at {_WALK[0]:g} "
+        f"weights by {walk:.2g}, {walk / weights:.2g} times their initial norm, and three tuned plans stood at {_WALK[0]:g} "
         f"to {_WALK[1]:g} times.",
     )
 
