@@ -482,7 +482,7 @@ MUTANTS = (
         "coupling is not looked for",
         "training/private.py",
         "        coupling.check()\n    chosen",
-        "    chosen",
+        "        pass\n    chosen",
         (PRIVATE,),
     ),
     Mutant(
