@@ -42,6 +42,7 @@ STAGES: Mapping[str, tuple[str, Any]] = {
     "groups, local steps": ("groups", pg.RandomGroups(4, local_steps=3, local_rate=0.1)),
     "sparsified, elements": ("compression", pg.RandomSparsification(0.7)),
     "sparsified, rows": ("compression", pg.RandomSparsification(0.7, structure="rows")),
+    "sparsified, layers": ("compression", pg.RandomSparsification(0.7, structure="layers")),
     "sparsified, blocks": ("compression", pg.RandomSparsification(0.7, structure="blocks", block=4)),
     "public thresholds": ("thresholds", pg.PublicThresholds()),
     "private thresholds": ("thresholds", pg.PrivateThresholds(limit=2.0)),

@@ -117,7 +117,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "plan.compression.final_ratio": lambda value: number(value, 0, 1, open_high=True),
     "plan.compression.ramp": lambda value: isinstance(value, bool),
     "plan.compression.refreshes": count,
-    "plan.compression.structure": among("elements", "rows", "blocks"),
+    "plan.compression.structure": among("elements", "rows", "blocks", "layers"),
     "plan.compression.block": count,
     "plan.statistics.kind": among("public_batch", "private"),
     "plan.statistics.rows": lambda value: count(value, 2),

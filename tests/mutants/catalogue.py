@@ -267,7 +267,7 @@ MUTANTS = (
     Mutant(
         "a derived weight's gradient does not reach its parameter",
         "gradients/collector.py",
-        "            if part is not None:\n                parent.terms",
+        "            if part is not None and parent.name not in self._masked:\n                parent.terms",
         "            if False:\n                parent.terms",
         (OPERATORS,),
     ),
@@ -910,8 +910,8 @@ MUTANTS = (
     Mutant(
         "the mask is drawn with secret randomness",
         "mechanism/sparsification.py",
-        "drawn = torch.randperm(units, generator=generator)[:kept].sort().values",
-        "drawn = torch.randperm(units)[:kept].sort().values",
+        "return torch.randperm(count, generator=generator)[:kept].sort().values",
+        "return torch.randperm(count)[:kept].sort().values",
         (SPARSIFICATION,),
     ),
     Mutant(

@@ -9,7 +9,7 @@ same shape; the engine adds the weighted sums into a sink, as soon as it has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -58,7 +58,7 @@ class Need(IntEnum):
     NORMS = 0
     """Norms and weighted sums only: nothing need be materialised."""
     ROWS = 1
-    """Some rows (first index) of the parameter only: the others need never be computed. The slot has the parameter's name."""
+    """Some rows (first index) of the parameter only, or none: the others need never be computed. The slot has its name."""
     COORDINATES = 2
     """Every coordinate of every unit's gradient: [units, *shape]."""
 
@@ -213,6 +213,11 @@ class FlatSink:
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
         """Add a product to a slot's view."""
         self.views[slot].addmm_(left.T.to(self.flat.dtype), right.to(self.flat.dtype))
+
+
+def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:
+    """The parameters of which the encoding wants no row at all."""
+    return {name for name in parameters if (rows := encoding.rows(name)) is not None and len(rows) == 0}
 
 
 def accumulation_dtype(model: nn.Module) -> torch.dtype:

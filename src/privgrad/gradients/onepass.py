@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,17 @@ from privgrad.gradients.batched import NotCoveredError
 from privgrad.gradients.catching import Catching, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
-from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Tree, accumulation_dtype, trainable
+from privgrad.gradients.contract import (
+    Engine,
+    Fold,
+    Identity,
+    LossFn,
+    Request,
+    Tree,
+    accumulation_dtype,
+    masked,
+    trainable,
+)
 from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 from privgrad.gradients.memory import Saved, Workspace, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
@@ -60,6 +70,8 @@ class OnePassEngine:
         module, parameters = WithLoss(model, loss_fn), trainable(model)
         if self._rows_per_chunk is None:
             self._rows_per_chunk = self._try_one_row(module, parameters, request)
+        asleep = masked(request.encoding, parameters)
+        awake = {name: parameter for name, parameter in parameters.items() if name not in asleep}
         count = len(request.fold.index)
         rows = count if self._slower is not None else even(count, self._rows_per_chunk)
         for batch, fold in chunks(request.batch, request.fold, rows):
@@ -68,7 +80,8 @@ class OnePassEngine:
                 self._slower.accumulate(model, loss_fn, part)
                 continue
             try:
-                self._one_pass(module, parameters, part)
+                with _frozen(parameters[name] for name in asleep):
+                    self._one_pass(module, awake, part)
             except NotCoveredError as reason:
                 self._slower = self._fall_back(module, part, str(reason))
                 self._slower.accumulate(model, loss_fn, part)
@@ -164,6 +177,19 @@ class OnePassEngine:
             stacklevel=3,
         )
         return slower
+
+
+@contextmanager
+def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Parameters without a gradient: autograd then goes no further down than the lowest of the others."""
+    asleep = list(parameters)
+    for parameter in asleep:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asleep:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -82,7 +82,7 @@ class GaussianNoise(Stage):
         side = [part.name for part in sums.parts if part.consumer is not Consumer.UPDATE]
         gradient = [part for part in sums.parts if part.consumer is Consumer.UPDATE]
         gradient_multiplier = self.multiplier / math.sqrt(1 - self.side_share) if side else self.multiplier
-        sizes = [sum(sums.values[slot].numel() for slot in part.slots) for part in gradient]
+        sizes = [max(1, sum(sums.values[slot].numel() for slot in part.slots)) for part in gradient]  # masked ones too
         shares = ALLOCATIONS[self.allocation]([distances[part.name] for part in gradient], sizes)
         scales = {part.name: gradient_multiplier * share for part, share in zip(gradient, shares, strict=True)}
         for name in side:

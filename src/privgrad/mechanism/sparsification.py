@@ -14,7 +14,7 @@ from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.gradients.contract import Encoding, Need
 from privgrad.mechanism.stage import PublicView, Stage, State
 
-STRUCTURES = ("elements", "rows", "blocks")
+STRUCTURES = ("elements", "rows", "blocks", "layers")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class RandomSparsification(Stage):
     final_ratio: r*, the share that is masked in the end. ramp: the share rises from 0 in the first epoch to r* in the last,
     r(e) = r* min(e / max(E - 1, 1), 1), an epoch being round(1/q) steps; without it, it is r* from the start (which the paper
     finds to hurt). refreshes: masks per epoch. structure: "elements"; "rows" (first index of a parameter: output channels), whose
-    masked part is never computed; or "blocks" of `block` neighbouring rows. At least one coordinate, row or block is kept.
+    masked part is never computed; "blocks" of `block` neighbouring rows; or "layers" (all parameters of a module), below the
+    first of which no gradient is computed at all. At least one coordinate, row or block of each parameter is kept, or one layer.
 
     An optimizer with a state (momentum, Adam) goes on moving masked coordinates by its own rule.
 
@@ -63,6 +64,8 @@ class RandomSparsification(Stage):
         if view.step % max(1, view.epoch // self.refreshes):
             return state
         ratio = self.ratio(view.step, view.epoch, view.steps)
+        if self.structure == "layers":
+            return self._layers(view.shapes, ratio, view.generator)
         return {name: self._drawn(shape, ratio, view.generator) for name, shape in view.shapes.items()}
 
     def encoding(self, state: State, shapes: Mapping[str, torch.Size]) -> Encoding:
@@ -74,25 +77,43 @@ class RandomSparsification(Stage):
     def _drawn(self, shape: torch.Size, ratio: float, generator: torch.Generator) -> Tensor:
         """The kept places of one parameter, increasing."""
         places, together = self._places(shape), self.block if self.structure == "blocks" else 1
-        units = -(-places // together)
-        kept = max(1, math.ceil((1 - ratio) * units - 1e-9))
-        drawn = torch.randperm(units, generator=generator)[:kept].sort().values
+        drawn = _kept(-(-places // together), ratio, generator)
         if together == 1:
             return drawn
         rows = (drawn[:, None] * together + torch.arange(together)).flatten()
         return rows[rows < places]
 
+    def _layers(self, shapes: Mapping[str, torch.Size], ratio: float, generator: torch.Generator) -> State:
+        """All places of the parameters of kept layers, none of the others'."""
+        layers = list(dict.fromkeys(map(_layer, shapes)))
+        kept = {layers[place] for place in _kept(len(layers), ratio, generator).tolist()}
+        return {name: torch.arange(self._places(shape) * (_layer(name) in kept)) for name, shape in shapes.items()}
+
     @property
     def words(self) -> str:
         rising = "a share that rises to" if self.ramp else "a share of"
-        what = {"elements": "coordinates", "rows": "rows", "blocks": f"blocks of {self.block} rows"}[self.structure]
-        return (
-            f"{rising} {self.final_ratio:g} of the {what} of each parameter, drawn at random, takes no part in a step"
-        )
+        what = {
+            "elements": "coordinates of each parameter",
+            "rows": "rows of each parameter",
+            "blocks": f"blocks of {self.block} rows of each parameter",
+            "layers": "layers",
+        }[self.structure]
+        return f"{rising} {self.final_ratio:g} of the {what}, drawn at random, takes no part in a step"
+
+
+def _layer(parameter: str) -> str:
+    """The name of the module that a parameter belongs to."""
+    return parameter.rpartition(".")[0]
+
+
+def _kept(count: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """Which of so many are kept, increasing; at least one is."""
+    kept = max(1, math.ceil((1 - ratio) * count - 1e-9))
+    return torch.randperm(count, generator=generator)[:kept].sort().values
 
 
 class Kept:
-    """Release space: the kept coordinates of each parameter as a vector, or its kept rows.
+    """Release space: the kept coordinates of each parameter as a vector, or its kept rows (none, where its layer is masked).
 
     places: for each parameter the kept coordinates of the flattened tensor, or rows.
     """
