@@ -198,16 +198,14 @@ def test_epsilon_falls_with_the_width() -> None:
 
 def to_calibrate(**changes: object) -> Plan:
     """The specification's plan without its width, and fewer steps."""
-    return Plan(
-        **{
-            "sampling": pg.PoissonSampling(rate=0.03, divisor=1500.0),
-            "steps": 100,
-            "noise": pg.GaussianNoise(multiplier=0.335),
-            "clipping": pg.CoordinateClipping(max_norm=20.0, p=100.0),
-            "mixing": ModelMix(width_ratio="calibrate"),
-            **changes,
-        }  # type: ignore[arg-type]
-    )
+    stages = {
+        "sampling": pg.PoissonSampling(rate=0.03, divisor=1500.0),
+        "steps": 100,
+        "noise": pg.GaussianNoise(multiplier=0.335),
+        "clipping": pg.CoordinateClipping(max_norm=20.0, p=100.0),
+        "mixing": ModelMix(width_ratio="calibrate"),
+    }
+    return poisson_plan(**(stages | changes))
 
 
 @pytest.mark.parametrize("target", [1.0, 3.0])

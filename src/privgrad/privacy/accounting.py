@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -88,33 +88,57 @@ def _atoms(event: DpEvent, count: int = 1) -> Iterator[_Atom]:
             yield from _atoms(part, count)
 
 
-def _bounded(event: DpEvent) -> DpEvent:
-    """The event with absurdly large multipliers lowered and absurdly small rates raised: that can only raise epsilon."""
-    if isinstance(event, dp_accounting.GaussianDpEvent):
-        return dp_accounting.GaussianDpEvent(min(event.noise_multiplier, _LARGEST_MULTIPLIER))
-    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
-        return dp_accounting.PoissonSampledDpEvent(
-            max(event.sampling_probability, _SMALLEST_RATE), _bounded(event.event)
-        )
-    if isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
-        return attr.evolve(event, noise_multiplier=min(event.noise_multiplier, _LARGEST_MULTIPLIER))
-    if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
-        return attr.evolve(event, event=_bounded(event.event))
-    if isinstance(event, dp_accounting.SelfComposedDpEvent):
-        return dp_accounting.SelfComposedDpEvent(_bounded(event.event), event.count)
+def _parts(event: DpEvent) -> Iterator[DpEvent]:
+    """The event and all events inside it."""
+    yield event
+    inside = (
+        event.events if isinstance(event, dp_accounting.ComposedDpEvent) else [event.event] if _holds(event) else []
+    )
+    for part in inside:
+        yield from _parts(part)
+
+
+def _has(event: DpEvent, kind: type[DpEvent]) -> bool:
+    return any(isinstance(part, kind) for part in _parts(event))
+
+
+def _changed(event: DpEvent, change: Callable[[DpEvent], DpEvent]) -> DpEvent:
+    """The event with `change` of every event inside it, from the inside out."""
     if isinstance(event, dp_accounting.ComposedDpEvent):
-        return dp_accounting.ComposedDpEvent(tuple(_bounded(part) for part in event.events))
+        event = dp_accounting.ComposedDpEvent(tuple(_changed(part, change) for part in event.events))
+    elif _holds(event):
+        event = attr.evolve(event, event=_changed(event.event, change))
+    return change(event)
+
+
+def _holds(event: DpEvent) -> bool:
+    """Whether it is one event, sampled or repeated."""
+    return isinstance(
+        event,
+        dp_accounting.SelfComposedDpEvent
+        | dp_accounting.PoissonSampledDpEvent
+        | dp_accounting.SampledWithoutReplacementDpEvent,
+    )
+
+
+def _bounded(event: DpEvent) -> DpEvent:
+    """An absurdly large multiplier lowered, an absurdly small rate raised: that can only raise epsilon."""
+    if isinstance(event, dp_accounting.GaussianDpEvent | dp_accounting.TruncatedSubsampledGaussianDpEvent):
+        return attr.evolve(event, noise_multiplier=min(event.noise_multiplier, _LARGEST_MULTIPLIER))
+    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
+        return attr.evolve(event, sampling_probability=max(event.sampling_probability, _SMALLEST_RATE))
     return event
 
 
 def _unsampled(event: DpEvent) -> DpEvent:
-    """The event as if every unit took part in every step of a sample without replacement: that can only raise epsilon."""
-    if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
-        return event.event
-    if isinstance(event, dp_accounting.SelfComposedDpEvent):
-        return dp_accounting.SelfComposedDpEvent(_unsampled(event.event), event.count)
-    if isinstance(event, dp_accounting.ComposedDpEvent):
-        return dp_accounting.ComposedDpEvent(tuple(_unsampled(part) for part in event.events))
+    """As if every unit took part in every step of a sample without replacement: that can only raise epsilon."""
+    return event.event if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent) else event
+
+
+def _unmixed(event: DpEvent) -> DpEvent:
+    """Without the uniform noise of mixing, which is post-processing: that can only raise epsilon."""
+    if isinstance(event, MixedGaussianDpEvent):
+        return dp_accounting.GaussianDpEvent(event.noise_multiplier)
     return event
 
 
@@ -133,17 +157,9 @@ _ORDERS_WITHOUT_REPLACEMENT = (*range(2, 49), 56, 64, 80, 96, 128, 160, 192, 256
 """Above 256 dp-accounting approximates this sampler by Stirling's formula; between whole orders it interpolates."""
 
 
-def _without_replacement(event: DpEvent) -> bool:
-    if isinstance(event, dp_accounting.SelfComposedDpEvent):
-        return _without_replacement(event.event)
-    if isinstance(event, dp_accounting.ComposedDpEvent):
-        return any(_without_replacement(part) for part in event.events)
-    return isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent)
-
-
 def _rdp(event: DpEvent, delta: float, relation: NeighboringRelation) -> float:
     """epsilon, or 0 where dp-accounting cannot tell it."""
-    orders = _ORDERS_WITHOUT_REPLACEMENT if _without_replacement(event) else None
+    orders = _ORDERS_WITHOUT_REPLACEMENT if _has(event, dp_accounting.SampledWithoutReplacementDpEvent) else None
     try:
         with _quiet(), numpy.errstate(all="ignore"):
             return float(RdpAccountant(orders, neighboring_relation=relation).compose(event).get_epsilon(delta))
@@ -216,27 +232,6 @@ def _trivial(event: DpEvent) -> float | None:
     return None
 
 
-def _mixes(event: DpEvent) -> bool:
-    if isinstance(event, dp_accounting.ComposedDpEvent):
-        return any(_mixes(part) for part in event.events)
-    if isinstance(event, dp_accounting.SelfComposedDpEvent | dp_accounting.PoissonSampledDpEvent):
-        return _mixes(event.event)
-    return isinstance(event, MixedGaussianDpEvent)
-
-
-def _unmixed(event: DpEvent) -> DpEvent:
-    """The event without the uniform noise of mixing, which is post-processing: that can only raise epsilon."""
-    if isinstance(event, MixedGaussianDpEvent):
-        return dp_accounting.GaussianDpEvent(event.noise_multiplier)
-    if isinstance(event, dp_accounting.SelfComposedDpEvent):
-        return dp_accounting.SelfComposedDpEvent(_unmixed(event.event), event.count)
-    if isinstance(event, dp_accounting.PoissonSampledDpEvent):
-        return dp_accounting.PoissonSampledDpEvent(event.sampling_probability, _unmixed(event.event))
-    if isinstance(event, dp_accounting.ComposedDpEvent):
-        return dp_accounting.ComposedDpEvent(tuple(_unmixed(part) for part in event.events))
-    return event
-
-
 def _mixed_rdp(event: DpEvent, count: int = 1) -> numpy.ndarray[Any, Any] | None:
     """RDP at `mixed.ORDERS`; None where another event is part of it."""
     if isinstance(event, dp_accounting.NoOpDpEvent):
@@ -262,7 +257,7 @@ def _mixed_epsilon(
     event: DpEvent, delta: float, relation: NeighboringRelation, accountant: Accountant, precision: Precision
 ) -> float:
     """The smaller of two upper bounds: with the uniform noise by its own accountant, and without it."""
-    plain = _unmixed(event)
+    plain = _changed(event, _unmixed)
     divergences = _mixed_rdp(event)
     if divergences is None:
         return epsilon(plain, delta, relation, accountant, precision)
@@ -270,7 +265,7 @@ def _mixed_epsilon(
         found = float(compute_epsilon([float(order) for order in mixed.ORDERS], divergences, delta)[0])
     if not found <= _LARGEST_EPSILON:
         found = math.inf
-    if _trivial(plain) is not None or 0 < _TIGHTER_BY_PLD * found < _rdp(_bounded(plain), delta, relation):
+    if _trivial(plain) is not None or 0 < _TIGHTER_BY_PLD * found < _rdp(_changed(plain, _bounded), delta, relation):
         return found
     return min(found, epsilon(plain, delta, relation, accountant, precision))
 
@@ -291,20 +286,20 @@ def epsilon(
         PrivgradError: delta outside (0, 1).
     """
     check_number("delta", delta, above=0, below=1)
-    if _mixes(event):
+    if _has(event, MixedGaussianDpEvent):
         return _mixed_epsilon(event, delta, relation, accountant, precision)
     trivial = _trivial(event)
     if trivial is not None:
         return trivial
-    event = _bounded(event)
+    event = _changed(event, _bounded)
     if accountant is Accountant.RDP:
         found = _rdp(event, delta, relation)
         if found > 0:
             return found
         # dp-accounting answers 0 where a divergence is lost in rounding. PLD, which rounds upwards, has the last word; for the
         # one sampler that it does not know, without amplification (the doubled distance is in the event already).
-        if _without_replacement(event):
-            event, relation = _unsampled(event), NeighboringRelation.REPLACE_SPECIAL
+        if _has(event, dp_accounting.SampledWithoutReplacementDpEvent):
+            event, relation = _changed(event, _unsampled), NeighboringRelation.REPLACE_SPECIAL
     composed = _pld(event, delta, relation, precision)
     return math.inf if composed is None else float(composed.get_epsilon(delta))
 
@@ -323,9 +318,9 @@ def attack_success(
     bound; (epsilon, delta) itself gives TV <= (e^eps - 1 + 2 delta) / (e^eps + 1). The smaller of the two holds.
     """
     proven = epsilon(event, delta, relation, accountant, precision)
-    event = _unmixed(event)  # the uniform noise is post-processing: an upper bound
+    event = _changed(event, _unmixed)  # the uniform noise is post-processing: an upper bound
     advantage = 1.0 if math.isinf(proven) else math.tanh(proven / 2) + 2 * delta / (math.exp(min(proven, 700)) + 1)
     if accountant is Accountant.PLD and _trivial(event) is None:
-        composed = _pld(_bounded(event), delta, relation, precision)
+        composed = _pld(_changed(event, _bounded), delta, relation, precision)
         advantage = min(advantage, 1.0 if composed is None else float(composed.get_delta(0.0)))
     return min(1.0, (1 + advantage) / 2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_INK, _SOFT, _IN, _OUT, _CLAIM = "#1c2024", "#88919c", "#123f7a", "#c8761a", "#d5dbe2"
+from privgrad.report.picture import ACCENT, INK, SOFT, bare, new_figure, svg
+
+_OUT = "#c8761a"
 
 
 @dataclass(frozen=True)
@@ -30,37 +31,31 @@ class Picture:
 
 def to_svg(picture: Picture) -> str:
     """One SVG: two histograms above, claimed and shown epsilon below."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = new_figure(8, 4.8)
     above, below = figure.subplots(2, 1, height_ratios=(3, 1.2))
     edges = _edges([*picture.inside, *picture.outside])
-    for scores, colour, label in zip((picture.outside, picture.inside), (_OUT, _IN), picture.labels[::-1], strict=True):
+    for scores, colour, label in zip(
+        (picture.outside, picture.inside), (_OUT, ACCENT), picture.labels[::-1], strict=True
+    ):
         above.hist(_within(scores, edges), bins=edges, color=colour, alpha=0.55, label=f"{label} ({len(scores):,})")
     above.set_xlabel(picture.words)
     above.set_yticks([])
     above.legend(frameon=False, fontsize=9)
-    above.set_title(picture.title, loc="left", fontsize=11, color=_INK)
+    above.set_title(picture.title, loc="left", fontsize=11, color=INK)
 
     claimed = picture.claimed if picture.claimed is not None and math.isfinite(picture.claimed) else None
-    rows = [(f"shown, {_percent(picture.confidence)} sure", picture.shown, _IN)]
+    rows = [(f"shown, {_percent(picture.confidence)} sure", picture.shown, ACCENT)]
     if claimed is not None:
-        rows.append(("claimed", claimed, _SOFT))
+        rows.append(("claimed", claimed, SOFT))
     for place, (_, value, colour) in enumerate(rows):
         below.barh(place, value, height=0.6, color=colour)
-        below.annotate(f" {value:.2f}", (value, place), va="center", color=_INK, fontsize=9)
+        below.annotate(f" {value:.2f}", (value, place), va="center", color=INK, fontsize=9)
     below.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     below.set_xlim(0, 1.15 * max(1e-3, *(value for _, value, _ in rows)))
     below.set_xlabel(f"ε at δ = {picture.delta:g}; an attack can refute a claim, and never prove it")
     for axes in (above, below):
-        axes.tick_params(length=0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+        bare(axes)
+    return svg(figure)
 
 
 def _percent(confidence: float) -> str:

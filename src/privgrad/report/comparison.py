@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-_INK, _SOFT, _DOT = "#1c2024", "#88919c", "#123f7a"
+from privgrad.report.picture import ACCENT, INK, SOFT, bare, new_figure, svg
 
 
 @dataclass(frozen=True)
@@ -71,31 +71,23 @@ def to_csv(cells: Sequence[Cell]) -> str:
 
 def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
     """A picture: a dot for each training, a bar for each mean, the best plan on top."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     shown = sorted((row for row in rows if row.mean is not None), key=lambda row: row.mean or 0.0)
-    figure = Figure(figsize=(8, 1.4 + 0.5 * max(1, len(shown))), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = new_figure(8, 1.4 + 0.5 * max(1, len(shown)))
     axes = figure.add_subplot()
     for place, row in enumerate(shown):
         found = [100 * cell.test_accuracy for cell in cells if cell.plan == row.plan and cell.test_accuracy is not None]
         mean = 100 * (row.mean or 0.0)
-        axes.plot(found, [place] * len(found), "o", color=_SOFT, markersize=5, zorder=2)
-        axes.plot([mean, mean], [place - 0.28, place + 0.28], color=_DOT, linewidth=3, zorder=3)
-        axes.annotate(f"{mean:.1f}", (mean, place + 0.3), ha="center", va="bottom", color=_DOT, fontsize=9)
+        axes.plot(found, [place] * len(found), "o", color=SOFT, markersize=5, zorder=2)
+        axes.plot([mean, mean], [place - 0.28, place + 0.28], color=ACCENT, linewidth=3, zorder=3)
+        axes.annotate(f"{mean:.1f}", (mean, place + 0.3), ha="center", va="bottom", color=ACCENT, fontsize=9)
     axes.set_yticks(range(len(shown)), [f"{row.plan}\nε = {_shown(row.epsilon)}" for row in shown])
     axes.set_ylim(-0.6, max(1, len(shown)) - 0.2)
     axes.margins(x=0.12)
     axes.set_xlabel("test accuracy, %  (a dot for each seed, a bar for the mean)")
-    axes.set_title(title, loc="left", fontsize=11, color=_INK)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(axis="x", color="#e4e6e8", zorder=0)
-    axes.tick_params(length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    bare(axes)
+    return svg(figure)
 
 
 def _shown(epsilon: float) -> str:
