@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import privgrad as pg
 from benchmarks.models import Bench
 from privgrad.gradients.contract import Engine, Fold
+from privgrad.gradients.memory import keep_pages
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.plan import Plan
@@ -45,6 +46,12 @@ def plain(bench: Bench, parts: int = 1) -> Step:
         optimizer.step()
 
     return step
+
+
+def kept(bench: Bench) -> Step:
+    """The step without privacy, and the allocator told to keep its pages, as privgrad does."""
+    keep_pages()
+    return plain(bench)
 
 
 def microbatched(bench: Bench) -> Step:
@@ -132,6 +139,7 @@ def opacus(bench: Bench, ghost: bool) -> Step:
 
 ENGINES: dict[str, Callable[[Bench], Step]] = {
     "plain": plain,
+    "plain-kept": kept,
     "plain-microbatched": microbatched,
     "privgrad-flat": private,
     "privgrad-layerwise": lambda bench: private(bench, clipping=pg.LayerwiseClipping()),

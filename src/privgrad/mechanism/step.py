@@ -30,6 +30,7 @@ from privgrad.gradients.contract import (
     accumulation_dtype,
     trainable,
 )
+from privgrad.gradients.memory import keep_pages
 from privgrad.gradients.written import unit_gradients
 from privgrad.mechanism.clipping import ClippingRule, NormsOnly
 from privgrad.mechanism.disclosure import ClippingWatch
@@ -75,6 +76,7 @@ class StepRunner:
         self._parameters = trainable(self.model)
         if not self._parameters:
             raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
+        keep_pages()
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self._stages: dict[str, Stage] = {
             name: getattr(self.plan, name) for name in _STAGES if getattr(self.plan, name) is not None
