@@ -267,7 +267,7 @@ MUTANTS = (
     Mutant(
         "a derived weight's gradient does not reach its parameter",
         "gradients/collector.py",
-        "            if part is not None and parent.name not in self._masked:\n                parent.terms",
+        "            if part is not None:\n                parent.terms",
         "            if False:\n                parent.terms",
         (OPERATORS,),
     ),

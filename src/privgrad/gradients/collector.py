@@ -70,8 +70,8 @@ class Collector:
         self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
         self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
         self._totals: dict[int, dict[str, Term]] = {column: {} for column in range(len(request.blocks))}
-        self._masked = masked(request.encoding, request.encoding.slots())
-        self._open = {c: sum(s not in self._masked for s in slots) for c, slots in enumerate(request.blocks)}
+        left_out = masked(request.encoding, request.encoding.slots())
+        self._open = {c: sum(s not in left_out for s in slots) for c, slots in enumerate(request.blocks)}
         self._ready: list[int] = []
         self._waiting = 0
         self._rows = {name: rows for name in parameters if (rows := request.encoding.rows(name)) is not None}
@@ -88,14 +88,12 @@ class Collector:
     def start(self) -> None:
         """The forward pass is over, and all uses are known. A parameter without any has the gradient zero."""
         self.backward = True
-        for name in self._native - self._masked:
+        for name in self._native:
             if self.parameters[name].expected == 0:
                 self._open[self._column[name]] -= 1
 
     def deliver(self, weight: Weight, term: Term) -> None:
         """One use's term, of rows, with every row's factor in it."""
-        if weight.name in self._masked:
-            return
         weight.terms.append(self._cut(weight, term).folded(self.folding))
         if weight.name in self._native and len(weight.terms) == weight.expected:
             self._complete(weight)
@@ -150,7 +148,7 @@ class Collector:
             weight.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
         for parent, part in zip(weight.parents, parts, strict=True):
-            if part is not None and parent.name not in self._masked:
+            if part is not None:
                 parent.terms.append(self._cut(parent, Rows(wide(part))))
 
     def _encode(self) -> None:

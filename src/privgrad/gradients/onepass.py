@@ -143,7 +143,7 @@ class OnePassEngine:
         A model that this engine cannot take is noticed here.
         """
         device = next(module.parameters()).device
-        trial = _trial(request)
+        trial = _trial(_unmasked(request, parameters))
         saved = Saved(module)
         reason = ""
         # torch.func.grad, where a model uses it, does not go together with counting.
@@ -214,6 +214,14 @@ def _trial(request: Request) -> Request:
     row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
     rule = _Nobody(request.rule.separable)
     return replace(request, batch=row, fold=Fold.identity(1), rule=rule, sink=_Nowhere())
+
+
+def _unmasked(request: Request, parameters: Mapping[str, nn.Parameter]) -> Request:
+    """The request if all parameters took part: other ones do in other steps, and chunks are sized once."""
+    if not masked(request.encoding, parameters):
+        return request
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return replace(request, encoding=Identity(shapes), joined=None)
 
 
 class _Nobody:
