@@ -41,11 +41,20 @@ class MeanEngine:
             return
         together = _in_order(request, accumulation_dtype(model))
         if self._worth_it is None and len(request.fold.index):
-            self._worth_it = self._one_pass.multiplied_out(model, loss_fn, together) <= _WORTH_IT
+            self._worth_it = self._tried(model, loss_fn, together)
         if self._worth_it:
             self._one_pass.accumulate(model, loss_fn, together)
         else:
             self._streamed.accumulate(model, loss_fn, request)
+
+    def _tried(self, model: nn.Module, loss_fn: LossFn, request: Request) -> bool:
+        """Whether groups of the average size are worth it. Fewer rows have less multiplied out, and are cheaper to try."""
+        average, rows = max(1, round(len(request.fold.index) / request.fold.units)), 1
+        while self._one_pass.multiplied_out(model, loss_fn, request, rows) <= _WORTH_IT:
+            if rows == average:
+                return True
+            rows = min(2 * rows, average)
+        return False
 
 
 def _in_order(request: Request, dtype: torch.dtype) -> Request:

@@ -86,13 +86,12 @@ class OnePassEngine:
                 self._slower = self._fall_back(module, part, str(reason))
                 self._slower.accumulate(model, loss_fn, part)
 
-    def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request) -> float:
-        """The share of a gradient that would have to exist for a unit of the average size; infinite for a model not covered."""
+    def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request, rows: int) -> float:
+        """The share of a gradient that would have to exist for a unit of so many rows; infinite for a model not covered."""
         module, parameters = WithLoss(model, loss_fn), trainable(model)
-        alike = max(1, round(len(request.fold.index) / request.fold.units))
         row = _trial(request)
-        batch = pytree.tree_map(lambda leaf: leaf.expand(alike, *leaf.shape[1:]).clone(), row.batch)
-        trial = replace(row, batch=batch, fold=Fold(torch.zeros(alike, dtype=torch.int64), 1), rule=_Nobody(False))
+        batch = pytree.tree_map(lambda leaf: leaf.expand(rows, *leaf.shape[1:]).clone(), row.batch)
+        trial = replace(row, batch=batch, fold=Fold(torch.zeros(rows, dtype=torch.int64), 1), rule=_Nobody(False))
         device = next(iter(parameters.values())).device
         try:
             with _unmoved_generators(device):
