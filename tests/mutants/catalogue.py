@@ -481,15 +481,15 @@ MUTANTS = (
     Mutant(
         "coupling is not looked for",
         "training/private.py",
-        "        coupling.check()\n    chosen",
-        "        pass\n    chosen",
+        "        coupling.check()\n    else",
+        "        pass\n    else",
         (PRIVATE,),
     ),
     Mutant(
         "coupling is looked for once, whatever the modes",
         "training/private.py",
-        "                self._coupling.check()",
-        "                pass",
+        "                self._coupling.check()\n",
+        "                pass\n",
         (COUPLING,),
     ),
     Mutant(
@@ -526,6 +526,27 @@ MUTANTS = (
         "        self.taken_up |= _different(self.reference.changes, run.changes, registered=True)",
         "        pass",
         (COUPLING,),
+    ),
+    Mutant(
+        "a group may leave something to the next",
+        "training/private.py",
+        "        coupling.check_memory()\n    chosen",
+        "        pass\n    chosen",
+        (f"{PRIVATE}::test_what_a_group_would_leave_to_the_next_is_refused",),
+    ),
+    Mutant(
+        "what a group may leave to the next is looked for once, whatever the modes",
+        "training/private.py",
+        "                self._coupling.check_memory()",
+        "                pass",
+        (f"{PRIVATE}::test_a_layer_that_starts_to_remember_after_a_change_of_modes_is_refused_with_groups",),
+    ),
+    Mutant(
+        "buffers of scripted modules are thought to be put back",
+        "nn/coupling.py",
+        "if not isinstance(module, torch.jit.ScriptModule)",
+        "if True",
+        (f"{PRIVATE}::test_what_a_group_would_leave_to_the_next_is_refused",),
     ),
     Mutant(
         "the probe holds a record",

@@ -84,6 +84,20 @@ def refuse_coupling(findings: Iterable[Finding]) -> None:
         )
 
 
+def refuse_memory(findings: Iterable[Finding]) -> None:
+    """The same for plans that clip groups: raise one line about what a group would leave to the next, if there is anything.
+
+    Raises:
+        RefusedError: where and what.
+    """
+    found = [f"{finding.where}: {finding.what}" for finding in findings]
+    if found:
+        raise RefusedError(
+            f"{'; '.join(found)}. One group must not see another, and only the buffers of ordinary modules in the model are put "
+            "back after each: keep nothing of the records, or keep it in a registered buffer of a module that is not scripted"
+        )
+
+
 def _place(modules: Mapping[str, nn.Module], name: str) -> str:
     kind = type(modules[name]).__name__
     if name == "":

@@ -174,8 +174,11 @@ class Private:
             parameter.grad = None  # the last release is done with: its memory is this step's
         charged = self.ledger.count
         try:
+            # The model may be in other train and eval modes than it was.
             if self.plan.groups is None:
-                self._coupling.check()  # the model may be in other train and eval modes than it was
+                self._coupling.check()
+            else:
+                self._coupling.check_memory()
             with self._own_randomness(self._forward):
                 return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
         except BaseException:
@@ -239,7 +242,7 @@ def make_private(
         PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters, a loss
             that is not one finite number per row.
         RefusedError: a model or a loss that couples examples, with the ways out; it may also come from the first step in other
-            train and eval modes. (Where groups are clipped, examples of a group may couple.)
+            train and eval modes. (Where groups are clipped, examples of a group may couple, but nothing may remember them.)
     """
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
@@ -253,6 +256,8 @@ def make_private(
     coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
         coupling.check()
+    else:
+        coupling.check_memory()
     chosen = OnePassEngine() if engine is None else engine
     if ledger is None:
         ledger = Ledger(plan.terms())
