@@ -528,6 +528,13 @@ MUTANTS = (
         (COUPLING,),
     ),
     Mutant(
+        "a step may run inside autocast",
+        "mechanism/step.py",
+        "        if torch.is_autocast_enabled(device.type):",
+        "        if False:",
+        (CLIPPING,),
+    ),
+    Mutant(
         "a group may leave something to the next",
         "training/private.py",
         "        coupling.check_memory()\n    chosen",

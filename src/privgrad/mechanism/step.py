@@ -130,6 +130,12 @@ class StepRunner:
 
     def clipped_sum(self, batch: Tree, fold: Fold) -> ClippedSum:
         """PRIVATE. Refresh the stages, then clip and sum the batch. An empty batch gives zeros."""
+        device = next(iter(self._parameters.values())).device
+        if torch.is_autocast_enabled(device.type):
+            raise PrivgradError(
+                "the step runs inside torch.autocast, which would round norms and sums, and so move a sum by more than a record "
+                "may; take the step out of it, and put autocast into loss_fn, around the model"
+            )
         self.refresh()
         plan = self.plan
         step = self.ledger.count + 1
@@ -163,7 +169,6 @@ class StepRunner:
             parts.append(Part(_STATISTICS_SLOT, (_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS))
             slots[_STATISTICS_SLOT] = torch.Size([measured])
 
-        device = next(iter(self._parameters.values())).device
         sink = FlatSink(slots, device, accumulation_dtype(self.model))
         side = None
         if plan.thresholds is not None and side_bound is not None:
