@@ -535,6 +535,13 @@ MUTANTS = (
         (CLIPPING,),
     ),
     Mutant(
+        "every worker adds noise of its own",
+        "mechanism/step.py",
+        "        if self.reduce is not None and self.plan.noise.multiplier:",
+        "        if False:",
+        (f"{FRAME}::test_workers_that_would_each_add_noise_of_their_own_are_refused",),
+    ),
+    Mutant(
         "a group may leave something to the next",
         "training/private.py",
         "        coupling.check_memory()\n    chosen",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import (
     Encoding,
     Engine,
@@ -47,7 +47,9 @@ _SIDE_SLOT = "thresholds/side"
 _STATISTICS_SLOT = "statistics/side"
 
 Reduce = Callable[[Tensor], None]
-"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum."""
+"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
+
+Only without noise, until the workers of a step share its noise and its sample."""
 
 
 @dataclass
@@ -91,6 +93,11 @@ class StepRunner:
         seed = self.plan.noise.insecure_seed
         if seed == SECRET:
             raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+        if self.reduce is not None and self.plan.noise.multiplier:
+            raise RefusedError(
+                "reduce is refused with noise: each of n workers would draw its own, and together they would release the sum n "
+                "times, charged once; train in one process"
+            )
         self._seed = seed
         self._noise = self.source("noise")
         self._grouping = self.source("groups")

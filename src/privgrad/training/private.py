@@ -234,7 +234,7 @@ def make_private(
     collate_fn, workers: as for torch's DataLoader. views: how often each sampled row is read, where the data set augments it; the
     mean of its views' gradients is clipped.
     engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory; a function is called, to
-    open one, once everything is accepted. reduce: sums a buffer over data-parallel workers.
+    open one, once everything is accepted. reduce: sums a buffer over data-parallel workers; refused with noise.
     probe: a small batch that is not private, as collate_fn gives them, on which model and loss are searched for coupling; None
     makes random records with the shapes of the data set's (see `privgrad.nn.find_coupling`).
 
