@@ -236,6 +236,20 @@ MUTANTS = (
         (f"{ONEPASS}::test_norms_survive_cancellation",),
     ),
     Mutant(
+        "norms are not rounded upwards",
+        "gradients/terms.py",
+        "_LOST = 4.0",
+        "_LOST = 0.0",
+        (f"{ONEPASS}::test_rounding_lets_no_unit_contribute_more_than_its_norm",),
+    ),
+    Mutant(
+        "tiny times huge has the norm zero",
+        "gradients/terms.py",
+        "return (_lengths(units.left) * _lengths(units.right)).square()",
+        "return _squares(units.left) * _squares(units.right)",
+        (f"{ONEPASS}::test_the_norm_of_a_product_does_not_leave_the_range_of_floats",),
+    ),
+    Mutant(
         "padding is counted",
         "gradients/rules/embedding.py",
         "            if padding is not None:\n",
