@@ -236,6 +236,13 @@ MUTANTS = (
         (f"{ONEPASS}::test_norms_survive_cancellation",),
     ),
     Mutant(
+        "automatic clipping divides by next to nothing",
+        "mechanism/layerwise.py",
+        'check_number("clipping.stability", self.stability, at_least=1e-12)',
+        'check_number("clipping.stability", self.stability, above=0)',
+        (LAYERWISE,),
+    ),
+    Mutant(
         "norms are not rounded upwards",
         "gradients/terms.py",
         "_LOST = 4.0",
