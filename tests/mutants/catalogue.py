@@ -563,6 +563,13 @@ MUTANTS = (
         (f"{FRAME}::test_workers_that_would_each_add_noise_of_their_own_are_refused",),
     ),
     Mutant(
+        "a collate function may mix records",
+        "training/private.py",
+        "        check_apart(dataset, collate_fn)",
+        "        pass",
+        (f"{PRIVATE}::test_a_collate_function_that_mixes_records_is_refused",),
+    ),
+    Mutant(
         "a group may leave something to the next",
         "training/private.py",
         "        coupling.check_memory()\n    chosen",

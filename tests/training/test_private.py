@@ -575,9 +575,35 @@ def test_the_users_collate_function_is_used() -> None:
     inputs, targets = records().tensors
     before, gradients = copy_of(model), loop_gradients(model, LOSS, (2 * inputs, targets))
     train(private(model, loss_fn=dictionary_loss, collate_fn=collate, plan=full_batch_plan(COUNT)))
-    assert seen == [1, COUNT]  # one record for the shapes of the probe, then the batch
+    assert seen[-2:] == [1, COUNT]  # one record for the shapes of the probe, then the batch
+    assert set(seen[:-2]) == {2}  # and pairs, to see that rows do not mix
     for name, update in clipped_mean(gradients).items():
         torch.testing.assert_close(model.state_dict()[name], before[name] - 0.1 * update)
+
+
+def turned(batch: list[Tensor], order: Tensor) -> list[Tensor]:
+    return [0.5 * batch[0] + 0.5 * batch[0][order], batch[1]]
+
+
+@pytest.mark.parametrize(
+    "order", [lambda rows: torch.arange(rows).flip(0), lambda rows: torch.arange(rows).roll(1), torch.randperm]
+)
+def test_a_collate_function_that_mixes_records_is_refused(order: Callable[[int], Tensor]) -> None:
+    """Else one record more moves the sum by 2.8 C: it is in two rows."""
+    model, state = network(), torch.get_rng_state()
+    with pytest.raises(pg.RefusedError, match="collate_fn mixes records"):
+        private(model, collate_fn=lambda rows: turned(default_collate(rows), order(len(rows))))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_collate_function_that_pads_or_draws_for_each_record_is_allowed() -> None:
+    own = torch.Generator().manual_seed(0)
+
+    def pad(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        inputs, targets = default_collate([(row + 0.1 * torch.randn(3), target) for row, target in rows])
+        return [inputs + 0.1 * torch.randn(inputs.shape, generator=own), targets]
+
+    train(private(collate_fn=pad))
 
 
 def test_the_users_collate_function_is_never_called_with_no_rows() -> None:

@@ -27,7 +27,7 @@ from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.training.batches import Drawn, SampledBatch, first_row, sampled_batches
+from privgrad.training.batches import Drawn, SampledBatch, check_apart, first_row, sampled_batches
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
 
@@ -241,8 +241,9 @@ def make_private(
     Raises:
         PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters, a loss
             that is not one finite number per row.
-        RefusedError: a model or a loss that couples examples, with the ways out; it may also come from the first step in other
-            train and eval modes. (Where groups are clipped, examples of a group may couple, but nothing may remember them.)
+        RefusedError: a model, a loss or a collate_fn that couples examples, with the ways out; it may also come from the first
+            step in other train and eval modes. (Where groups are clipped, examples of a group may couple in the model, but
+            nothing may remember them.)
     """
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
@@ -252,6 +253,8 @@ def make_private(
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
+    with same_randomness([]):
+        check_apart(dataset, collate_fn)
     shown = public_rows(public, dataset, collate_fn)
     coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
