@@ -563,6 +563,13 @@ MUTANTS = (
         (f"{FRAME}::test_workers_that_would_each_add_noise_of_their_own_are_refused",),
     ),
     Mutant(
+        "what a model remembers in eval mode is not looked for where records are measured in it",
+        "training/private.py",
+        "            coupling.check_memory()\n    chosen",
+        "            pass\n    chosen",
+        (f"{STATISTICS}::test_a_model_that_remembers_records_in_eval_mode_is_refused",),
+    ),
+    Mutant(
         "a collate function may mix records",
         "training/private.py",
         "        check_apart(dataset, collate_fn)",
@@ -572,8 +579,8 @@ MUTANTS = (
     Mutant(
         "a group may leave something to the next",
         "training/private.py",
-        "        coupling.check_memory()\n    chosen",
-        "        pass\n    chosen",
+        "        coupling.check_memory()\n    if isinstance",
+        "        pass\n    if isinstance",
         (f"{PRIVATE}::test_what_a_group_would_leave_to_the_next_is_refused",),
     ),
     Mutant(

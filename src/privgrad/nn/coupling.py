@@ -108,7 +108,7 @@ class CouplingGuard:
             self._answers[modes] = True
 
     def check_memory(self) -> None:
-        """Where groups are clipped: refuse what would go from group to group, if the model's modes were never seen.
+        """Refuse what would go from group to group, or from measured record to record, if the model's modes were never seen.
 
         Raises:
             PrivgradError, RefusedError: as `find_memory`, and for whatever it finds.

@@ -85,7 +85,7 @@ def refuse_coupling(findings: Iterable[Finding]) -> None:
 
 
 def refuse_memory(findings: Iterable[Finding]) -> None:
-    """The same for plans that clip groups: raise one line about what a group would leave to the next, if there is anything.
+    """Raise one line about what a group, or a record that is measured, would leave to the next, if there is anything.
 
     Raises:
         RefusedError: where and what.
@@ -93,8 +93,9 @@ def refuse_memory(findings: Iterable[Finding]) -> None:
     found = [f"{finding.where}: {finding.what}" for finding in findings]
     if found:
         raise RefusedError(
-            f"{'; '.join(found)}. One group must not see another, and only the buffers of ordinary modules in the model are put "
-            "back after each: keep nothing of the records, or keep it in a registered buffer of a module that is not scripted"
+            f"{'; '.join(found)}. One record or group must not see another, and only the buffers of ordinary modules in the model "
+            "are put back after each: keep nothing of the records, or keep it in a registered buffer of a module that is not "
+            "scripted"
         )
 
 

@@ -19,7 +19,9 @@ from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.stage import ChargedStatistics
 from privgrad.mechanism.states import Release
+from privgrad.mechanism.statistics import in_eval_mode
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.nn.coupling import CouplingGuard
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
@@ -261,6 +263,9 @@ def make_private(
         coupling.check()
     else:
         coupling.check_memory()
+    if isinstance(plan.statistics, ChargedStatistics):
+        with in_eval_mode(model):  # in which records are measured, one after the other where vmap cannot run the model
+            coupling.check_memory()
     chosen = OnePassEngine() if engine is None else engine
     if ledger is None:
         ledger = Ledger(plan.terms())
