@@ -93,7 +93,7 @@ def refuse_memory(findings: Iterable[Finding]) -> None:
     found = [f"{finding.where}: {finding.what}" for finding in findings]
     if found:
         raise RefusedError(
-            f"{'; '.join(found)}. One record or group must not see another, and only the buffers of ordinary modules in the model "
+            f"{'; '.join(found)}. One record or group must not see another, and only buffers of ordinary modules in the model "
             "are put back after each: keep nothing of the records, or keep it in a registered buffer of a module that is not "
             "scripted"
         )
