@@ -204,6 +204,13 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.load(tmp_path / f"update.{rank}"), alone)
 
 
+@pytest.mark.parametrize("seed", [None, 0])
+def test_workers_that_would_each_add_noise_of_their_own_are_refused(seed: int | None) -> None:
+    """The mean of what two workers release of one sum has half the variance. (Seeded alike, they would draw the same coins.)"""
+    with pytest.raises(pg.RefusedError, match="reduce"):
+        runner(full_batch_plan(6, multiplier=1.0, seed=seed), Direction(3), linear_loss, reduce=lambda flat: None)
+
+
 def test_the_divisor_is_a_constant() -> None:
     """Whatever the realised batch: two records, or none, are divided by the plan's five."""
     inputs = torch.tensor([[0.5, 0.0], [0.0, 0.25]])

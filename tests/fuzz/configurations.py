@@ -101,7 +101,7 @@ KEYS: dict[str, Callable[[Any], bool]] = {
     "plan.clipping.kind": among("flat", "layerwise", "automatic", "l2_linf"),
     "plan.clipping.max_norm": lambda value: number(value, 0, open_low=True) or isinstance(value, list),
     "plan.clipping.blocks": lambda value: isinstance(value, str | dict),
-    "plan.clipping.stability": lambda value: number(value, 0, open_low=True),
+    "plan.clipping.stability": lambda value: number(value, 1e-12),
     "plan.thresholds.kind": among("public", "private", "quantile"),
     "plan.mixing.kind": among("modelmix"),
     "plan.mixing.width_ratio": lambda value: number(value, 0, open_low=True) or value == "calibrate",

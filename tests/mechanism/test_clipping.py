@@ -81,3 +81,35 @@ def test_coordinates_are_cut_after_the_norm(p: float, grouped: bool, engine: Eng
             expected = expected + vector
     assert torch.allclose(found.flat, expected, atol=1e-6)
     assert found.flat.abs().max() <= fold.units * clipping.max_coordinate * (1 + 1e-6)
+
+
+def test_a_step_inside_autocast_is_refused_and_charges_nothing() -> None:
+    """In bfloat16 a sum of 500 is rounded to a multiple of 2: one record would move it by more than C."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    batch = (torch.randn(4, 3), torch.randint(2, (4,)))
+    step = runner(full_batch_plan(4), model, LOSS, engine=VmapEngine())
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(pg.PrivgradError, match=r"autocast.*loss_fn"):
+        step.release(batch, Fold.identity(4))
+    assert step.ledger.count == 0
+
+
+def test_autocast_inside_the_loss_leaves_sums_in_full_precision() -> None:
+    """One record more moves the sum by no more than C, however large it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(50, 20), nn.Tanh(), nn.Linear(20, 5))
+    inputs, labels = torch.randn(1, 50) + 0.1 * torch.randn(512, 50), torch.zeros(512, dtype=torch.int64)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none").float()
+
+    for engine in (OnePassEngine, VmapEngine):
+        more, less = (
+            runner(full_batch_plan(512), model, loss, engine=engine()).clipped_sum(
+                (inputs[first:], labels[first:]), Fold.identity(512 - first)
+            )
+            for first in (0, 1)
+        )
+        # (Rows that change place in a batch of another size may round otherwise in bfloat16: a hundredth.)
+        assert float((more.flat - less.flat).norm()) < 1.05, engine

@@ -18,7 +18,7 @@ from privgrad.mechanism.layerwise import split
 from privgrad.mechanism.noise import ALLOCATIONS
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.sensitivity import joint_multiplier
-from tests.helpers import full_batch_plan, loop_gradients, rows, runner
+from tests.helpers import Direction, full_batch_plan, linear_loss, loop_gradients, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 SLOTS = ["conv1.weight", "conv1.bias", "norm.weight", "fc.weight", "fc.bias"]
@@ -162,6 +162,15 @@ def test_automatic_clipping_divides_by_the_norm() -> None:
     sums = runner(plan, network(), LOSS).clipped_sum(*rows(*batch))
     for name, value in gradients.items():
         torch.testing.assert_close(sums.values[name], torch.einsum("n,n...->...", 2.0 / (norms + 0.1), value))
+
+
+def test_a_contribution_whose_norm_is_lost_is_bounded_by_automatic_clipping_too() -> None:
+    """Its square is 0 in float32; with a stability of 1e-30 it was made 1.7e6 C long."""
+    with pytest.raises(pg.PrivgradError, match="stability"):
+        pg.AutomaticClipping(stability=1e-13)
+    plan = full_batch_plan(1, clipping=pg.AutomaticClipping(stability=1e-12))
+    tiny = torch.full((1, 3), 1e-24)
+    assert float(runner(plan, Direction(3), linear_loss).clipped_sum(*rows(tiny)).flat.norm()) <= 1.0
 
 
 def test_public_thresholds_follow_the_norms_of_public_data() -> None:

@@ -129,3 +129,9 @@ def test_a_plan_read_back_without_its_seed_cannot_run() -> None:
     assert stored.epsilon() == plan.epsilon()
     with pytest.raises(pg.PrivgradError, match="without its seed"):
         runner(stored, Direction(3), linear_loss)
+
+
+def test_normals_are_drawn_for_other_devices_too() -> None:
+    """Of devices without values ("meta"), as of a GPU: the keystream is the processor's, and what it makes is copied."""
+    out = torch.empty(2**16 + 3, device="meta")
+    assert SecureSource().normal_(out) is out

@@ -421,3 +421,32 @@ def test_batch_norm_in_train_mode_stays_refused_where_each_unit_is_clipped() -> 
     )
     with pytest.raises(pg.RefusedError, match="BatchNorm"):
         pg.make_private(model, optimizer, TensorDataset(*images(60)), chosen, LOSS)
+
+
+class Streaming(nn.Module):
+    """At inference it keeps what it saw for the next call, as a recurrent layer may; vmap cannot run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = 0.0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            return inputs
+        before = self.state
+        self.state = 0.5 * before + float(inputs.sum())
+        return inputs + before
+
+
+def test_a_model_that_remembers_records_in_eval_mode_is_refused() -> None:
+    """It is in train mode when it is searched for coupling, and records are measured in eval mode: one moved them by 6 R."""
+    model = nn.Sequential(Streaming(), PrivateBatchNorm(3), nn.Linear(3, 2))
+    plan = pg.Plan(
+        sampling=pg.FullBatch(), steps=1, statistics=pg.PrivateStatistics(), noise=pg.GaussianNoise(multiplier=1.0)
+    )
+    dataset = TensorDataset(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(pg.RefusedError, match="state would take up the records"):
+        pg.make_private(model, optimizer, dataset, plan, pg.supervised(nn.functional.cross_entropy))
+    assert model.training
+    assert model[0].state == 0.0

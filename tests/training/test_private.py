@@ -131,6 +131,61 @@ def test_batch_normalization_is_refused_by_its_path(layer: Callable[[], nn.Modul
         private(model)
 
 
+class Remembering(nn.Module):
+    """Adds up its inputs in a plain attribute, which no engine puts back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.detach().sum(0)
+        return x + self.seen
+
+
+class Scripted(nn.Module):
+    """Batch normalization over records and a second dimension, so that a group of one record can run."""
+
+    def __init__(self, *, scripted: bool) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d(1)
+        self.norm = torch.jit.script(norm) if scripted else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(x[:, None])
+        return normalised[:, 0]
+
+
+def grouped() -> Plan:
+    return Plan(sampling=pg.FullBatch(), steps=2, groups=pg.RandomGroups(3), noise=pg.GaussianNoise(multiplier=1.0))
+
+
+@pytest.mark.parametrize(("layer", "name"), [(Remembering, "seen"), (lambda: Scripted(scripted=True), "running_mean")])
+def test_what_a_group_would_leave_to_the_next_is_refused(layer: Callable[[], nn.Module], name: str) -> None:
+    """Else a record moves the vectors of all later groups, and the statistics of a scripted layer leave un-noised."""
+    model = nn.Sequential(layer(), nn.Linear(3, 2))
+    before = copy_of(model)
+    with pytest.raises(pg.RefusedError, match=name):
+        private(model, plan=grouped())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_layer_that_starts_to_remember_after_a_change_of_modes_is_refused_with_groups() -> None:
+    model = nn.Sequential(Scripted(scripted=True), nn.Linear(3, 2)).eval()
+    running = private(model, plan=grouped())
+    batches = running.batches()
+    running.step(next(batches))
+    model.train()
+    with pytest.raises(pg.PrivgradError, match="running_mean"):
+        running.step(next(batches))
+
+
+def test_buffers_that_engines_put_back_are_no_hindrance_to_groups() -> None:
+    model = nn.Sequential(Scripted(scripted=False), nn.Linear(3, 2))
+    train(private(model, plan=grouped()))
+    assert not model[0].norm.running_mean.any()  # type: ignore[union-attr]
+
+
 def test_batch_normalization_with_given_statistics_is_allowed_and_keeps_them() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[1].eval()
@@ -520,9 +575,35 @@ def test_the_users_collate_function_is_used() -> None:
     inputs, targets = records().tensors
     before, gradients = copy_of(model), loop_gradients(model, LOSS, (2 * inputs, targets))
     train(private(model, loss_fn=dictionary_loss, collate_fn=collate, plan=full_batch_plan(COUNT)))
-    assert seen == [1, COUNT]  # one record for the shapes of the probe, then the batch
+    assert seen[-2:] == [1, COUNT]  # one record for the shapes of the probe, then the batch
+    assert set(seen[:-2]) == {2}  # and pairs, to see that rows do not mix
     for name, update in clipped_mean(gradients).items():
         torch.testing.assert_close(model.state_dict()[name], before[name] - 0.1 * update)
+
+
+def turned(batch: list[Tensor], order: Tensor) -> list[Tensor]:
+    return [0.5 * batch[0] + 0.5 * batch[0][order], batch[1]]
+
+
+@pytest.mark.parametrize(
+    "order", [lambda rows: torch.arange(rows).flip(0), lambda rows: torch.arange(rows).roll(1), torch.randperm]
+)
+def test_a_collate_function_that_mixes_records_is_refused(order: Callable[[int], Tensor]) -> None:
+    """Else one record more moves the sum by 2.8 C: it is in two rows."""
+    model, state = network(), torch.get_rng_state()
+    with pytest.raises(pg.RefusedError, match="collate_fn mixes records"):
+        private(model, collate_fn=lambda rows: turned(default_collate(rows), order(len(rows))))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_collate_function_that_pads_or_draws_for_each_record_is_allowed() -> None:
+    own = torch.Generator().manual_seed(0)
+
+    def pad(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        inputs, targets = default_collate([(row + 0.1 * torch.randn(3), target) for row, target in rows])
+        return [inputs + 0.1 * torch.randn(inputs.shape, generator=own), targets]
+
+    train(private(collate_fn=pad))
 
 
 def test_the_users_collate_function_is_never_called_with_no_rows() -> None:

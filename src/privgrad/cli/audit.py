@@ -246,7 +246,7 @@ def _membership(subject: Subject, trials: int | None, confidence: float) -> Find
         "disclosed_without_noise": True,
     }
     picture = Picture(
-        "Membership inference by loss",
+        "Membership inference by loss: private records, shown WITHOUT noise",
         found.members.tolist(),
         found.others.tolist(),
         verified.epsilon,

@@ -17,7 +17,9 @@ from torch import Tensor
 from privgrad.gradients.contract import Fold, weighted_sum
 
 TRUSTED = 1e-4
-"""A Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
+"""A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
+_LOST = 4.0
+"""So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
 
 _FILLING = 2.5
 """So many times their rows may units of different sizes take in a product: beyond it their gradients are multiplied out."""
@@ -180,7 +182,8 @@ class Outer:
     def squares(self) -> Tensor:
         units = self.joined()
         if units.left.shape[1] == 1:
-            return _squares(units.left) * _squares(units.right)
+            # Lengths first: their squares may leave the range of floats where the product does not.
+            return (_lengths(units.left) * _lengths(units.right)).square()
         return _trusted(_inner(units, units), [units])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
@@ -244,7 +247,8 @@ class Lookup:
         touched.index_add_(0, inverse, self.right.flatten(0, 1))
         lengths: Tensor = torch.linalg.vector_norm(touched, dim=1)
         squares = lengths.square()
-        return squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
+        squares = squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
+        return upwards(squares, _largest(self))
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
@@ -323,9 +327,13 @@ def combined(terms: Sequence[Term]) -> Term:
     return Sum([term.joined() if isinstance(term, Outer) else term for term in joined])
 
 
-def _squares(tensor: Tensor) -> Tensor:
+def _lengths(tensor: Tensor) -> Tensor:
     lengths: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
-    return lengths.square()
+    return lengths
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    return _lengths(tensor).square()
 
 
 def _inner(one: Outer | Lookup, other: Outer | Lookup) -> Tensor:
@@ -352,12 +360,13 @@ def _largest(term: Outer | Lookup) -> Tensor:
 
 
 def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
-    """Squared Gram norms, computed again from the gradients for units where cancellation ate their digits.
+    """Squared Gram norms, rounded upwards; computed again from the gradients for units where cancellation ate their digits.
 
     A norm that comes out too small would let a unit contribute more than its bound.
     """
     largest = sum(_largest(term) for term in terms)
     assert isinstance(largest, Tensor)
+    rounded = upwards(squares, largest, by_gram=True)
     for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():
         part = slice(unit, unit + 1)
         gradient = reduce(
@@ -369,5 +378,16 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
                 for term in terms
             ),
         )
-        squares[unit] = _squares(gradient)[0]
-    return squares
+        rounded[unit] = upwards(_squares(gradient)[0], largest[unit])
+    return rounded
+
+
+def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tensor:
+    """Squared norms, with what rounding may have taken from them, and what it may add to the weighted sum, whose order differs.
+
+    largest: the norms if nothing cancelled. by_gram: the squares themselves are sums of products that cancel.
+    """
+    lost = _LOST * torch.finfo(squares.dtype).eps
+    if by_gram:
+        squares = squares + lost * largest.square()
+    return (squares.sqrt() + lost * largest).square()

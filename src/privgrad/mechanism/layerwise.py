@@ -88,7 +88,8 @@ class AutomaticClipping(Stage):
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_norm", _norms(self.max_norm))
         object.__setattr__(self, "blocks", _checked(self.blocks))
-        check_number("clipping.stability", self.stability, above=0)
+        # The square of a norm below 1e-23 is 0 in float32: divided by less than that, such a contribution would be unbounded.
+        check_number("clipping.stability", self.stability, at_least=1e-12)
 
     @property
     def separable(self) -> bool:

@@ -60,10 +60,14 @@ class SecureSource:
         # In blocks: the numbers on the way stay in the cache, and take no memory of the size of a model.
         flat = out.view(-1)
         for first in range(0, flat.numel(), _BLOCK):
-            self._fill(flat[first : first + _BLOCK])
+            part = flat[first : first + _BLOCK]
+            if part.is_cpu:
+                self._fill(part)
+            else:
+                part.copy_(self._fill(torch.empty(len(part), dtype=part.dtype)))
         return out
 
-    def _fill(self, out: Tensor) -> None:
+    def _fill(self, out: Tensor) -> Tensor:
         # Box-Muller. The logarithm is always of 53 bits and in double precision: tails reach 8.5 sigma. What follows is as wide
         # as `out`: in single precision it moves a number by 4e-7 of the radius at most, as rounding the noised sum does.
         self._scratch = self._scratch or _Scratch()
@@ -81,6 +85,7 @@ class SecureSource:
         rest = count - pairs
         torch.mul(angle.cos(), radius, out=out[:pairs])
         torch.mul(angle[:rest].sin_(), radius[:rest], out=out[pairs:])
+        return out
 
     def coins(self, count: int, probability: float) -> Tensor:
         return _below(self._words(count), probability)

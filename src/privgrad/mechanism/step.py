@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import (
     Encoding,
     Engine,
@@ -48,7 +48,9 @@ _SIDE_SLOT = "thresholds/side"
 _STATISTICS_SLOT = "statistics/side"
 
 Reduce = Callable[[Tensor], None]
-"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum."""
+"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
+
+Only without noise, until the workers of a step share its noise and its sample."""
 
 
 @dataclass
@@ -93,6 +95,11 @@ class StepRunner:
         seed = self.plan.noise.insecure_seed
         if seed == SECRET:
             raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
+        if self.reduce is not None and self.plan.noise.multiplier:
+            raise RefusedError(
+                "reduce is refused with noise: each of n workers would draw its own, and together they would release the sum n "
+                "times, charged once; train in one process"
+            )
         self._seed = seed
         self._noise = self.source("noise")
         self._grouping = self.source("groups")
@@ -132,6 +139,12 @@ class StepRunner:
 
     def clipped_sum(self, batch: Tree, fold: Fold) -> ClippedSum:
         """PRIVATE. Refresh the stages, then clip and sum the batch. An empty batch gives zeros."""
+        device = next(iter(self._parameters.values())).device
+        if torch.is_autocast_enabled(device.type):
+            raise PrivgradError(
+                "the step runs inside torch.autocast, which would round norms and sums, and so move a sum by more than a record "
+                "may; take the step out of it, and put autocast into loss_fn, around the model"
+            )
         self.refresh()
         plan = self.plan
         step = self.ledger.count + 1
@@ -165,7 +178,6 @@ class StepRunner:
             parts.append(Part(_STATISTICS_SLOT, (_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS))
             slots[_STATISTICS_SLOT] = torch.Size([measured])
 
-        device = next(iter(self._parameters.values())).device
         sink = FlatSink(slots, device, accumulation_dtype(self.model))
         side = None
         if plan.thresholds is not None and side_bound is not None:

@@ -15,7 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import LossFn, trainable
-from privgrad.nn.finding import Finding, refuse_coupling
+from privgrad.gradients.loss import WithLoss
+from privgrad.nn.finding import Finding, refuse_coupling, refuse_memory
 from privgrad.nn.inspection import Inspection, NotFiniteError
 from privgrad.nn.probe import Probe
 from privgrad.nn.state import named, undisturbed
@@ -55,6 +56,27 @@ def find_coupling(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Findi
         return first.thoroughly(_LARGE) or _inspection(subject, form, _SECOND).quickly(math.nan)
 
 
+def find_memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Finding]:
+    """What model and loss would remember of one group of records when the next one comes, or when the model is stored.
+
+    For plans that clip groups, whose records may couple. Buffers are left out where engines put them back after each group
+    (`gradients.loss.buffers_kept`): not those of scripted modules, nor of modules that only the loss function holds.
+
+    Guarantee, errors: as `find_coupling`.
+    """
+    _check_parameters(model)
+    modules = named(model, loss_fn)
+    reached = {
+        module for module in WithLoss(model, loss_fn).modules() if not isinstance(module, torch.jit.ScriptModule)
+    }
+    put_back = {(name, buffer) for name, module in modules.items() if module in reached for buffer in module._buffers}
+    with warnings.catch_warnings(), undisturbed(modules) as snapshot:
+        warnings.simplefilter("ignore")
+        _, first = _first_inspection(Subject(model, loss_fn, modules, snapshot), probe)
+        first.thoroughly(_LARGE)
+        return first.remembered(put_back)
+
+
 class CouplingGuard:
     """Refuses coupling, once for every combination of train and eval modes in which the model is met."""
 
@@ -62,6 +84,7 @@ class CouplingGuard:
         self._model, self._loss_fn, self._probe = model, loss_fn, probe
         self._modules = list(named(model, loss_fn).values())
         self._answers: dict[tuple[bool, ...], bool] = {}
+        self._forgetting: set[tuple[bool, ...]] = set()
 
     def passes(self) -> bool:
         """True where `check` finds nothing: rows are alone. Kept for every combination of modes, whatever the answer."""
@@ -83,6 +106,17 @@ class CouplingGuard:
         if not self._answers.get(modes, False):
             refuse_coupling(find_coupling(self._model, self._loss_fn, self._probe))
             self._answers[modes] = True
+
+    def check_memory(self) -> None:
+        """Refuse what would go from group to group, or from measured record to record, if the model's modes were never seen.
+
+        Raises:
+            PrivgradError, RefusedError: as `find_memory`, and for whatever it finds.
+        """
+        modes = self._modes()
+        if modes not in self._forgetting:
+            refuse_memory(find_memory(self._model, self._loss_fn, self._probe))
+            self._forgetting.add(modes)
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._modules)

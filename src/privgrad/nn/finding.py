@@ -84,6 +84,21 @@ def refuse_coupling(findings: Iterable[Finding]) -> None:
         )
 
 
+def refuse_memory(findings: Iterable[Finding]) -> None:
+    """Raise one line about what a group, or a record that is measured, would leave to the next, if there is anything.
+
+    Raises:
+        RefusedError: where and what.
+    """
+    found = [f"{finding.where}: {finding.what}" for finding in findings]
+    if found:
+        raise RefusedError(
+            f"{'; '.join(found)}. One record or group must not see another, and only buffers of ordinary modules in the model "
+            "are put back after each: keep nothing of the records, or keep it in a registered buffer of a module that is not "
+            "scripted"
+        )
+
+
 def _place(modules: Mapping[str, nn.Module], name: str) -> str:
     kind = type(modules[name]).__name__
     if name == "":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
@@ -174,8 +174,16 @@ class Inspection:
         return found
 
     def _taken_up(self) -> list[Finding]:
+        return self.remembered(())
+
+    def remembered(self, put_back: Collection[tuple[str, str]]) -> list[Finding]:
+        """What has taken up records in the runs so far, but for the (module, attribute)s that somebody puts back."""
         by_module = {
-            name: [slot.attribute for slot in sorted(self.taken_up) if slot.module == name]
+            name: [
+                slot.attribute
+                for slot in sorted(self.taken_up)
+                if slot.module == name and (name, slot.attribute) not in put_back
+            ]
             for name in self.subject.modules
         }
         return [kept(self.subject.modules, name, attributes) for name, attributes in by_module.items() if attributes]

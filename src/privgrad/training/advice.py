@@ -162,6 +162,8 @@ def _learning_rate(plan: Plan, step: Effect, optimizer: Optimizer, weights: floa
         )
     if step.noise == 0:
         return Advice(topic, None, "the plan has no noise, so that privacy sets no limit to the rate.")
+    if weights == 0:
+        return Advice(topic, None, "the initial weights are all 0, and the rule measures the noise against them.")
     kept = _KEPT_BY_MIXING if plan.mixing is not None else 1.0
     walk = _rate(group) * kept * step.noise * math.sqrt(plan.steps)
     low, high = (float(group["lr"]) * share * weights / walk if walk > 0 else math.inf for share in _WALK)

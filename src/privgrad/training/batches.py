@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +17,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from privgrad.data.records import Records
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Fold, Tree
+from privgrad.nn.state import same, seed_all
+
+_SEEDS = 8
+"""A random partner of two is one's own every other time."""
 
 
 class SampledBatch:
@@ -88,9 +94,12 @@ class _Rows(Dataset[Any]):
         whole = taker(self.dataset) if self.collate_fn is None else None
         if whole is not None:
             return whole(torch.from_numpy(indices))
-        fetch = getattr(self.dataset, "__getitems__", None)
-        rows = fetch(indices.tolist()) if fetch else [self.dataset[index] for index in indices.tolist()]
-        return (self.collate_fn or default_collate)(rows)
+        return (self.collate_fn or default_collate)(_items(self.dataset, indices.tolist()))
+
+
+def _items(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
+    fetch = getattr(dataset, "__getitems__", None)
+    return fetch(indices) if fetch else [dataset[index] for index in indices]
 
 
 def collated(
@@ -129,6 +138,43 @@ def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | N
             f"the first record of the data set cannot be read and collated alone ({type(error).__name__}); a batch may be of "
             "one record, so that collate_fn must take one"
         ) from error
+
+
+def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
+    """Refuse a collate_fn that mixes records (MixUp, CutMix): the first row of a batch must not hold the second record.
+
+    Looks at three records under some seeds; the caller keeps the generators. Nothing is said where shapes differ (padding), or
+    where the function draws random numbers of its own.
+
+    Raises:
+        RefusedError: another second record changes the first row.
+    """
+    if collate_fn is None or size_of(dataset) < 3:
+        return
+    mixes = False
+    with contextlib.suppress(Exception):  # what cannot be read or collated is refused elsewhere, in words
+        mixes = any(_mixes(collate_fn, _items(dataset, [0, 1, 2]), seed) for seed in range(_SEEDS))
+    if mixes:
+        raise RefusedError(
+            "collate_fn mixes records: a row of its batch changes with another record, so that one record moves several "
+            "rows, and clipping a row does not bound what it changes; leave mixing (MixUp, CutMix) out, or augment each "
+            "record by itself (views)"
+        )
+
+
+def _mixes(collate_fn: Callable[[list[Any]], Tree], items: list[Any], seed: int) -> bool:
+    alone, again, *others = (_first(collate_fn, [items[0], items[other]], seed) for other in (0, 0, 1, 2))
+    return not _differ(alone, again) and any(_differ(alone, other) for other in others)
+
+
+def _first(collate_fn: Callable[[list[Any]], Tree], items: list[Any], seed: int) -> list[Tensor]:
+    """The first row of a batch of copies: every tensor of it."""
+    seed_all(seed, [])
+    return [leaf[0] for leaf in pytree.tree_leaves(collate_fn(copy.deepcopy(items))) if isinstance(leaf, Tensor)]
+
+
+def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
+    return any(a.shape == b.shape and not same(a, b) for a, b in zip(one, other, strict=False))
 
 
 def _as_is(item: Tree) -> Tree:

@@ -19,7 +19,9 @@ from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.randomness import Source
+from privgrad.mechanism.stage import ChargedStatistics
 from privgrad.mechanism.states import Release
+from privgrad.mechanism.statistics import in_eval_mode
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.nn.coupling import CouplingGuard
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
@@ -27,7 +29,7 @@ from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.training.batches import Drawn, SampledBatch, first_row, sampled_batches
+from privgrad.training.batches import Drawn, SampledBatch, check_apart, first_row, sampled_batches
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
 
@@ -174,8 +176,11 @@ class Private:
             parameter.grad = None  # the last release is done with: its memory is this step's
         charged = self.ledger.count
         try:
+            # The model may be in other train and eval modes than it was.
             if self.plan.groups is None:
-                self._coupling.check()  # the model may be in other train and eval modes than it was
+                self._coupling.check()
+            else:
+                self._coupling.check_memory()
             with self._own_randomness(self._forward):
                 return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
         except BaseException:
@@ -231,15 +236,16 @@ def make_private(
     collate_fn, workers: as for torch's DataLoader. views: how often each sampled row is read, where the data set augments it; the
     mean of its views' gradients is clipped.
     engine: how per-example gradients are computed; None chooses. ledger: None keeps it in memory; a function is called, to
-    open one, once everything is accepted. reduce: sums a buffer over data-parallel workers.
+    open one, once everything is accepted. reduce: sums a buffer over data-parallel workers; refused with noise.
     probe: a small batch that is not private, as collate_fn gives them, on which model and loss are searched for coupling; None
     makes random records with the shapes of the data set's (see `privgrad.nn.find_coupling`).
 
     Raises:
         PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters, a loss
             that is not one finite number per row.
-        RefusedError: a model or a loss that couples examples, with the ways out; it may also come from the first step in other
-            train and eval modes. (Where groups are clipped, examples of a group may couple.)
+        RefusedError: a model, a loss or a collate_fn that couples examples, with the ways out; it may also come from the first
+            step in other train and eval modes. (Where groups are clipped, examples of a group may couple in the model, but
+            nothing may remember them.)
     """
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
@@ -249,10 +255,17 @@ def make_private(
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
+    with same_randomness([]):
+        check_apart(dataset, collate_fn)
     shown = public_rows(public, dataset, collate_fn)
     coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
         coupling.check()
+    else:
+        coupling.check_memory()
+    if isinstance(plan.statistics, ChargedStatistics):
+        with in_eval_mode(model):  # in which records are measured, one after the other where vmap cannot run the model
+            coupling.check_memory()
     chosen = OnePassEngine() if engine is None else engine
     if ledger is None:
         ledger = Ledger(plan.terms())

@@ -16,7 +16,7 @@ from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
-from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, wide
+from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, upwards, wide
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 300_000
@@ -77,10 +77,11 @@ class Convolution:
         squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
         # Nothing cancels between a position's window and itself: its length is the diagonal.
         longest = (left.square().sum(1) * right.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
-        images = self.geometry.images
+        images, rounded = self.geometry.images, upwards(squares, longest, by_gram=True)
         for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
-            squares[unit] = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
-        return squares
+            again = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
+            rounded[unit] = upwards(again[0], longest[unit])
+        return rounded
 
     def _part(self, first: int, last: int) -> Convolution:
         return replace(self, inputs=self.inputs[first:last], gradient=self.gradient[first:last])
