@@ -33,6 +33,7 @@ STAGES: dict[str, dict[str, object]] = {
     "named blocks": {"clipping": pg.LayerwiseClipping((0.3, 2.0), blocks={"a": ["first.*"], "b": ["last.*"]})},
     "l2_linf": {"clipping": pg.CoordinateClipping(0.7, p=50.0)},
     "public thresholds": {"clipping": pg.LayerwiseClipping(0.7), "thresholds": pg.PublicThresholds()},
+    "masked layers": {"compression": pg.RandomSparsification(0.5, structure="layers")},
     "sparsified": {
         "compression": pg.RandomSparsification(0.7, structure="blocks"),
         "clipping": pg.LayerwiseClipping(0.7),

@@ -284,9 +284,13 @@ def _others(plan: Plan, dimension: int) -> Tensor:
 
 
 def _pulled(plan: Plan, sizes: Mapping[str, int], canaries: int, needed: int) -> Tensor:
-    """[coordinates]: beside a uniform a shift shows best in as few as the bound on each allows, and one in every block."""
+    """[coordinates]: beside a uniform a shift shows best in as few as the bound on each allows, and one in every block.
+
+    A mask of whole layers may leave any of them: then all are pulled.
+    """
     wanted = [max(1, min(size, needed)) for size in sizes.values()]
-    if not isinstance(plan.clipping, LayerwiseClipping):
+    by_layers = isinstance(plan.compression, RandomSparsification) and plan.compression.structure == "layers"
+    if not isinstance(plan.clipping, LayerwiseClipping) and not by_layers:
         for place in range(1, len(wanted)):
             wanted[place] = max(0, min(wanted[place], needed - sum(wanted[:place])))
     parts = [(torch.arange(size) < count).repeat(canaries) for size, count in zip(sizes.values(), wanted, strict=True)]
