@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import privgrad as pg
 from privgrad.gradients.contract import Engine, Fold
 from privgrad.gradients.onepass import OnePassEngine
+from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
 from tests.helpers import full_batch_plan, runner
@@ -92,6 +93,27 @@ def test_a_step_inside_autocast_is_refused_and_charges_nothing() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(pg.PrivgradError, match=r"autocast.*loss_fn"):
         step.release(batch, Fold.identity(4))
     assert step.ledger.count == 0
+
+
+def test_a_step_with_products_of_fewer_bits_is_refused() -> None:
+    step = runner(full_batch_plan(4), nn.Linear(3, 2), LOSS)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            with pytest.raises(pg.PrivgradError, match=f"{precision}.*'highest'"):
+                step.release((torch.randn(4, 3), torch.randint(2, (4,))), Fold.identity(4))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert step.ledger.count == 0
+
+
+def test_convolutions_are_summed_with_all_bits_of_float32() -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    with exact_convolutions():
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (*before[:3], False)
+    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
 
 
 def test_autocast_inside_the_loss_leaves_sums_in_full_precision() -> None:

@@ -550,9 +550,16 @@ MUTANTS = (
     ),
     Mutant(
         "a step may run inside autocast",
-        "mechanism/step.py",
-        "        if torch.is_autocast_enabled(device.type):",
-        "        if False:",
+        "gradients/precision.py",
+        "    if torch.is_autocast_enabled(device.type):",
+        "    if False:",
+        (CLIPPING,),
+    ),
+    Mutant(
+        "a step may multiply with fewer bits",
+        "gradients/precision.py",
+        '(precision := torch.get_float32_matmul_precision()) != "highest"',
+        '(precision := torch.get_float32_matmul_precision()) == "none"',
         (CLIPPING,),
     ),
     Mutant(

@@ -31,6 +31,7 @@ from privgrad.gradients.contract import (
     trainable,
 )
 from privgrad.gradients.memory import keep_pages
+from privgrad.gradients.precision import check_precision
 from privgrad.gradients.written import unit_gradients
 from privgrad.mechanism.clipping import ClippingRule, NormsOnly
 from privgrad.mechanism.disclosure import ClippingWatch
@@ -140,11 +141,7 @@ class StepRunner:
     def clipped_sum(self, batch: Tree, fold: Fold) -> ClippedSum:
         """PRIVATE. Refresh the stages, then clip and sum the batch. An empty batch gives zeros."""
         device = next(iter(self._parameters.values())).device
-        if torch.is_autocast_enabled(device.type):
-            raise PrivgradError(
-                "the step runs inside torch.autocast, which would round norms and sums, and so move a sum by more than a record "
-                "may; take the step out of it, and put autocast into loss_fn, around the model"
-            )
+        check_precision(device)
         self.refresh()
         plan = self.plan
         step = self.ledger.count + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
+from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
 from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, upwards, wide
@@ -92,7 +94,8 @@ class Convolution:
         inputs, gradient = select(self.inputs, dropped), select(self.gradient, dropped)
         factor = weights.to(gradient).repeat_interleave(images).view(-1, *[1] * (gradient.dim() - 1))
         weight = inputs.new_empty(1).expand(self.geometry.shape)
-        return _weight_gradient(inputs, gradient * factor, weight, self.geometry, self.geometry.groups)
+        with exact_convolutions() if inputs.is_cuda else nullcontext():
+            return _weight_gradient(inputs, gradient * factor, weight, self.geometry, self.geometry.groups)
 
     def cut(self, rows: Tensor) -> Term:
         if self.geometry.groups > 1:
