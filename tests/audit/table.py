@@ -242,7 +242,8 @@ A small network beside {first["canaries"]:,} canaries, guesses about {first["gue
 ## Every two mechanisms
 
 {len(passed)} combinations that a plan accepts, none refuted; Gaussian ones show {min(gaussian):.0%} to {max(gaussian):.0%} of
-mu. {len(refused)} are refused by the plan. A cell is shown / claimed of the step; a number in brackets is the reason below; a
+mu (least where a mask of layers meets layerwise clipping: a masked layer's share is charged, and moves
+nothing). {len(refused)} are refused by the plan. A cell is shown / claimed of the step; a number in brackets is the reason below; a
 dot: both take the same place in a plan.
 
 {_grid(results["steps"], reasons)}
