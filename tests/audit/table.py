@@ -208,8 +208,8 @@ to be found.
 - `--kind one-run` (`privgrad.audit.one_run`) trains once with many canaries, beside made-up records, and guesses which were in:
   it attacks the epsilon of the whole training. `audit_training` does so with any training, also of another library
   ([example](../examples/audit_own_training.py)).
-- `--kind membership` (`privgrad.audit.membership`) asks a finished model about its records. What it prints is not covered by
-  the guarantee, and its bound assumes that members and others differ by nothing but the training.
+- `--kind membership` (`privgrad.audit.membership`) asks a finished model about its records. What it prints, and the
+  picture, are not covered by the guarantee, and its bound assumes that members and others differ by nothing but the training.
 
 ## False alarms and power
 
@@ -243,8 +243,8 @@ A small network beside {first["canaries"]:,} canaries, guesses about {first["gue
 
 {len(passed)} combinations that a plan accepts, none refuted; Gaussian ones show {min(gaussian):.0%} to {max(gaussian):.0%} of
 mu (least where a mask of layers meets layerwise clipping: a masked layer's share is charged, and moves
-nothing). {len(refused)} are refused by the plan. A cell is shown / claimed of the step; a number in brackets is the reason below; a
-dot: both take the same place in a plan.
+nothing). {len(refused)} are refused by the plan. A cell is shown / claimed of the step; a number in brackets is the reason
+below; a dot: both take the same place in a plan.
 
 {_grid(results["steps"], reasons)}
 
