@@ -7,11 +7,15 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from privgrad.cli import run as privgrad
 from privgrad.files import read_json
+from privgrad.nn.public_norm import PublicBatchNorm
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "experiments" / "modelmix" / "published"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+PUBLISHED = EXPERIMENTS / "modelmix" / "published"
 SMALL = ("--set", "data.source=digits", "--set", "model.name=mlp", "--set", "plan.sampling.expected_batch_size=512")
 
 
@@ -36,3 +40,12 @@ def test_no_configuration_offers_it(capsys: pytest.CaptureFixture[str]) -> None:
     mixing = ["--set", "plan.mixing.kind=modelmix", "--set", "plan.noise.multiplier=0.335"]
     assert privgrad(["train", *config, *mixing]) == 2
     assert "mixing needs plain SGD" in capsys.readouterr().err
+
+
+def test_the_weight_noise_curve_measures_public_statistics() -> None:
+    """It is run by nothing else here: a change of what it calls must not go unseen."""
+    recipe = runpy.run_path(str(EXPERIMENTS / "weight_noise" / "__main__.py"))
+    model, images, labels = PublicBatchNorm(3), torch.randn(16, 3) * 2 + 5, torch.zeros(16, dtype=torch.long)
+    recipe["statistics_of"]((images, labels), nn.Sequential(model))
+    torch.testing.assert_close(model.running_mean, images.mean(0))
+    torch.testing.assert_close(model.running_var, images.var(0, correction=0))

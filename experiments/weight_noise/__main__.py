@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 import privgrad as pg
 from privgrad.data.source import load
-from privgrad.mechanism.stage import PublicView
 from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.nn.models import MODELS
 
@@ -42,9 +41,7 @@ LOSS = pg.supervised(F.cross_entropy)
 
 def statistics_of(public: tuple[Tensor, Tensor], model: nn.Module) -> None:
     """Give PublicBatchNorm layers the statistics of the public batch at the model's weights of now."""
-    stage = PublicStatistics(rows=len(public[0]))
-    view = PublicView(model, LOSS, public, 0, 1, 1, {}, torch.Generator(), lambda rows: torch.empty(0))
-    stage.install(model, stage.final({}, view))
+    PublicStatistics(rows=len(public[0])).measured(model, LOSS, public)
 
 
 def recalibrated(model: nn.Module, inputs: Tensor) -> None:

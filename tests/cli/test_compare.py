@@ -87,6 +87,19 @@ def test_a_killed_comparison_goes_on_without_repeating_a_finished_cell(
     assert again.err.count("finished before") == 4
 
 
+def test_the_time_of_a_training_that_was_stopped_after_its_last_step_is_not_known(plans: Path, tmp_path: Path) -> None:
+    """What is left to do then says nothing about how long the steps took."""
+    out = tmp_path / "out"
+    say("compare", plans, "--seeds", "2", "--out", out)
+    known = json.loads((out / "fast" / "seed-1" / "result.json").read_text())["seconds"]
+    for lost in ("fast/seed-0", "slow/seed-0", "slow/seed-1"):
+        (out / lost / "result.json").unlink()
+    said = say("compare", plans, "--seeds", "2", "--out", out, "--resume", "--json")
+    assert said.code == 0, said.err
+    assert {row["plan"]: row["seconds"] for row in said.json["rows"]} == {"fast": known, "slow": None}
+    assert say("compare", plans, "--seeds", "2", "--out", out, "--resume").code == 0
+
+
 def test_a_budget_is_for_plans_that_do_not_say_their_own(plans: Path, tmp_path: Path) -> None:
     (plans / "free.toml").write_text('[model]\nname = "logistic_regression"\n[plan]\nsteps = 2\n')
     (plans / "own.toml").write_text(

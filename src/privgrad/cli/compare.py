@@ -149,9 +149,10 @@ def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     begun = time.monotonic()
     with _told(plan, seed):
         result = run_training(config, run.directory, resume=started)
-    # Where a part was trained before a stop, the time of the rest stands for the whole.
-    seconds = (time.monotonic() - begun) * result.steps / max(1, result.steps - before)
-    cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, round(seconds, 3))
+    # Where a part was trained before a stop, the time of the rest stands for the whole; of none it cannot.
+    rest = result.steps - before
+    seconds = round((time.monotonic() - begun) * result.steps / rest, 3) if rest else None
+    cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, seconds)
     write_atomically(file, json.dumps(plain(asdict(cell))) + "\n")
     return cell
 
@@ -185,7 +186,7 @@ def _show(rows: list[Row], trainings: int, directory: Path) -> None:
             str(row.seeds),
             round_up(row.epsilon, 3),
             str(row.steps),
-            f"{row.seconds:.0f}",
+            "" if row.seconds is None else f"{row.seconds:.0f}",
         )
     Console(width=max(80, Console().width)).print(table)
     print(f"picture, CSV and every run: {directory}")

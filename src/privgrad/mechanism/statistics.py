@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError, check_count, check_number
+from privgrad.gradients.contract import LossFn
 from privgrad.mechanism.stage import PublicView, Stage, State
 
 NEEDS_STATISTICS = "needs_statistics"
@@ -49,18 +50,20 @@ class PublicStatistics(Stage):
         return self.final(state, view)
 
     def final(self, state: State, view: PublicView) -> State:
-        device = next(view.model.parameters()).device
-        batch = pytree.tree_map(
-            lambda leaf: leaf[: self.rows].to(device) if isinstance(leaf, Tensor) else leaf, view.public
-        )
-        layers = taking_layers(view.model)
+        return self.measured(view.model, view.loss_fn, view.public)
+
+    def measured(self, model: nn.Module, loss_fn: LossFn, public: Any) -> State:
+        """The statistics of the first `rows` of a public batch at the model's weights of now, which the model then has."""
+        device = next(model.parameters()).device
+        batch = pytree.tree_map(lambda leaf: leaf[: self.rows].to(device) if isinstance(leaf, Tensor) else leaf, public)
+        layers = taking_layers(model)
         if not layers:
             raise PrivgradError(
                 "plan.statistics is given, and the model has no layer that takes statistics; leave it out, or use "
                 "nn.convert(model, to='public_batch') where the model has BatchNorm"
             )
-        with torch.no_grad(), in_eval_mode(view.model), _measuring(layers, self.floor):
-            view.loss_fn(view.model, batch)
+        with torch.no_grad(), in_eval_mode(model), _measuring(layers, self.floor):
+            loss_fn(model, batch)
         return {name: value.clone() for name, value in statistics_of(layers)}
 
     def install(self, model: nn.Module, state: State) -> None:

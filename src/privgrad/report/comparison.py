@@ -14,7 +14,10 @@ from privgrad.report.picture import ACCENT, INK, SOFT, bare, new_figure, svg
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a plan with one seed. test_accuracy: at the last step, or None without a test split. seconds: wall time."""
+    """One training: a plan with one seed. test_accuracy: at the last step, or None without a test split.
+
+    seconds: wall time, or None where it is not known: the training was stopped after its last step.
+    """
 
     plan: str
     seed: int
@@ -22,12 +25,15 @@ class Cell:
     delta: float
     steps: int
     test_accuracy: float | None
-    seconds: float
+    seconds: float | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan over its seeds. spread: the standard deviation over seeds (None for one). epsilon: the largest over seeds."""
+    """One plan over its seeds. spread: the standard deviation over seeds (None for one). epsilon: the largest over seeds.
+
+    seconds: the mean of those that are known.
+    """
 
     plan: str
     mean: float | None
@@ -36,7 +42,7 @@ class Row:
     epsilon: float
     delta: float
     steps: int
-    seconds: float
+    seconds: float | None
 
 
 def rows_of(cells: Sequence[Cell]) -> list[Row]:
@@ -45,6 +51,7 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
     for plan in dict.fromkeys(cell.plan for cell in cells):
         mine = [cell for cell in cells if cell.plan == plan]
         reached = [cell.test_accuracy for cell in mine if cell.test_accuracy is not None]
+        times = [cell.seconds for cell in mine if cell.seconds is not None]
         rows.append(
             Row(
                 plan=plan,
@@ -54,7 +61,7 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
                 epsilon=max(cell.epsilon for cell in mine),
                 delta=max(cell.delta for cell in mine),
                 steps=max(cell.steps for cell in mine),
-                seconds=statistics.fmean(cell.seconds for cell in mine),
+                seconds=statistics.fmean(times) if times else None,
             )
         )
     return rows
