@@ -26,12 +26,11 @@ SETTINGS = {
     "features, epsilon 1": (50_000, 512, 160, 1.0),
     "features, epsilon 0.4": (50_000, 512, 160, 0.4),
     "ResNet-20, epsilon 8": (50_000, 384, 40, 8.0),
-    "the paper's, epsilon 8": (50_000, 1500, 3400, 8.0),
 }
 """(images, expected batch size, steps, epsilon)."""
-SHARES = (0.5, 0.75, 0.9)
+SHARES = (0.75, 0.9)
 """Of the plain Gaussian's multiplier, that mixing keeps as its Gaussian part."""
-CUTS = (1.0, 16.0, 100.0)
+CUTS = (1.0, 100.0)
 """p: coordinates are cut to max_norm / sqrt(p)."""
 
 
