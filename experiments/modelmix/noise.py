@@ -30,7 +30,7 @@ SETTINGS = {
 """(images, expected batch size, steps, epsilon)."""
 SHARES = (0.75, 0.9)
 """Of the plain Gaussian's multiplier, that mixing keeps as its Gaussian part."""
-CUTS = (1.0, 100.0)
+CUTS = (100.0,)
 """p: coordinates are cut to max_norm / sqrt(p)."""
 
 
