@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     for _ in range(rounds):
         for number, (rate, multiplier, steps) in enumerate(QUESTIONS):
             for name, (epsilon, noise) in asked.items():
-                for what, work in (
-                    ("epsilon", lambda f=epsilon: f(rate, multiplier, steps)),  # noqa: B023
-                    ("noise_multiplier", lambda f=noise: f(rate, steps)),  # noqa: B023
-                ):
+                works = {
+                    "epsilon": partial(epsilon, rate, multiplier, steps),
+                    "noise_multiplier": partial(noise, rate, steps),
+                }
+                for what, work in works.items():
                     _forget()
                     begun = time.perf_counter()
                     answers[name, number, what] = work()

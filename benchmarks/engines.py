@@ -42,7 +42,7 @@ def plain(bench: Bench, parts: int = 1) -> Step:
     def step() -> None:
         optimizer.zero_grad()
         for some, labels in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-            (F.cross_entropy(model(some), labels) / parts).backward()
+            torch.autograd.backward(F.cross_entropy(model(some), labels) / parts)
         optimizer.step()
 
     return step

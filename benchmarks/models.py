@@ -102,7 +102,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]).repeat(len(tokens), 1))
-        for first, attention, second, mlp in self.blocks:  # type: ignore[misc]
+        for block in self.blocks:
+            first, attention, second, mlp = block.children()
             x = x + attention(first(x))
             x = x + mlp(second(x))
         logits: Tensor = self.head(self.norm(x).mean(1))

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.models import SCALES
-from benchmarks.step_time import measure
+from benchmarks.step_time import measure, rows_of
 
-ENGINES = ["plain", "privgrad-flat", "privgrad-layerwise"]
+ENGINES = ["plain", "plain-kept", "privgrad-flat", "privgrad-layerwise"]
 
 
 def main() -> None:
@@ -25,27 +25,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     arguments = parser.parse_args()
-    results = {}
-    for name in SCALES:
-        rows = measure(name, ENGINES, arguments.rounds, 1)
-        base = rows["plain"]
-        results[name] = {
-            engine: {
-                "time_ratio": row["seconds"] / base["seconds"],
-                "memory_ratio": row["memory"] / base["memory"],
-                "seconds": row["seconds"],
-            }
-            for engine, row in rows.items()
-        }
-        shown = "  ".join(
-            f"{engine} {row['time_ratio']:.2f} / {row['memory_ratio']:.2f}" for engine, row in results[name].items()
-        )
+    rows = []
+    for name, bench in SCALES.items():
+        rows += rows_of(name, len(bench.batch()[0]), measure(name, ENGINES, arguments.rounds, 1))
+        mine = [row for row in rows if row["model"] == name]
+        shown = "  ".join(f"{row['engine']} {row['time_ratio']:.2f} / {row['memory_ratio']:.2f}" for row in mine)
         print(f"{name:<10} {shown}", flush=True)
     if arguments.json:
+        command = f"python -m benchmarks.scaling --rounds {arguments.rounds}"
         about = f"torch {torch.__version__}, 1 thread, {platform.machine()}"
-        arguments.json.write_text(
-            json.dumps({"about": about, "rounds": arguments.rounds, "models": results}, indent=1) + "\n"
-        )
+        arguments.json.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,21 +81,32 @@ def _row(worker: Worker) -> dict[str, Any]:
     }
 
 
-def table(model: str, rows: dict[str, dict[str, Any]]) -> str:
-    """Ratios to the plain step, in words of one line per engine."""
-    base = rows["plain"]
-    lines = [
-        f"{model} [{len(MODELS[model].batch()[0])}]".ljust(24) + "time    cpu  memory   seconds (quartiles)      MiB"
-    ]
-    for engine, row in rows.items():
+def rows_of(model: str, batch: int, measured: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each engine, with its ratios to the plain step; or what it was skipped for."""
+    base = measured["plain"]
+    rows = []
+    for engine, numbers in measured.items():
+        row = {"model": model, "batch": batch, "engine": engine}
+        if "skipped" not in numbers:
+            row["time_ratio"] = numbers["seconds"] / base["seconds"]
+            row["cpu_time_ratio"] = numbers["cpu_seconds"] / base["cpu_seconds"]
+            row["memory_ratio"] = numbers["memory"] / base["memory"]
+        rows.append({**row, **numbers})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One model's rows, a line each."""
+    title = f"{rows[0]['model']} [{rows[0]['batch']}]"
+    lines = [title.ljust(24) + "time    cpu  memory   seconds (quartiles)      MiB"]
+    for row in rows:
         if "skipped" in row:
-            lines.append(f"  {engine:<20} skipped: {row['skipped']}")
+            lines.append(f"  {row['engine']:<20} skipped: {row['skipped']}")
             continue
-        ratios = [row[key] / base[key] for key in ("seconds", "cpu_seconds", "memory")]
         low, high = row["quartiles"]
         lines.append(
-            f"  {engine:<20}"
-            + "".join(f"{ratio:7.2f}" for ratio in ratios)
+            f"  {row['engine']:<20}"
+            + "".join(f"{row[key]:7.2f}" for key in ("time_ratio", "cpu_time_ratio", "memory_ratio"))
             + f"   {row['seconds']:.3f} ({low:.3f}-{high:.3f})   {row['memory'] / 2**20:7.0f}"
         )
     return "\n".join(lines)
@@ -124,14 +135,14 @@ def main() -> None:
     allocator = " ".join(filter(None, platform.libc_ver())) or "the system's"
     about = f"torch {torch.__version__}, {arguments.threads} thread(s), allocator: malloc of {allocator}, {platform.machine()}"
     print(about, flush=True)
-    results = {}
+    rows = []
     for model in _chosen(arguments.models, MODELS):
-        results[model] = measure(model, engines, arguments.rounds, arguments.threads)
-        print(table(model, results[model]), flush=True)
+        measured = measure(model, engines, arguments.rounds, arguments.threads)
+        rows += rows_of(model, len(MODELS[model].batch()[0]), measured)
+        print(table([row for row in rows if row["model"] == model]), flush=True)
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"about": about, "rounds": arguments.rounds, "models": results}, indent=1) + "\n"
-        )
+        command = " ".join(["python -m benchmarks.step_time", *sys.argv[1:]])
+        arguments.json.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

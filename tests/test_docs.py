@@ -7,9 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+from benchmarks import page as speed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs" / "guarantees").glob("*.md"))
+
+
+def test_the_page_on_speed_is_of_the_results() -> None:
+    assert speed.PAGE.read_text() == speed.page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,298 @@
+"""Writes docs/speed.md and docs/speed.svg from the committed results: `python -m benchmarks.page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGE, PICTURE = ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.svg"
+
+MODELS = {
+    "dp-cnn": "DP-CNN",
+    "resnet-20-gn": "ResNet-20",
+    "wrn-16-4-gn": "WRN-16-4",
+    "mlp": "MLP",
+    "transformer": "transformer",
+}
+ENGINES = {
+    "plain-kept": "plain, pages kept",
+    "plain-microbatched": "plain, in small parts",
+    "privgrad-flat": "**privgrad, flat**",
+    "privgrad-layerwise": "**privgrad, layerwise**",
+    "privgrad-group": "**privgrad, groups of 32**",
+    "privgrad-unnoised": "privgrad, flat, without its noise (not private)",
+    "vmap": "privgrad, vmap engine",
+    "opacus-hooks": "Opacus 1.6, hooks",
+    "opacus-ghost": "Opacus 1.6, ghost",
+}
+PEERS = ("opacus-hooks", "opacus-ghost")
+TO_REACH = {
+    "privgrad-flat": {"dp-cnn": 1.10, "resnet-20-gn": 1.25, "wrn-16-4-gn": 1.15, "mlp": 1.15, "transformer": 1.15},
+    "privgrad-layerwise": {"dp-cnn": 1.10, "resnet-20-gn": 1.20, "wrn-16-4-gn": 1.10, "mlp": 1.12, "transformer": 1.10},
+    "privgrad-group": dict.fromkeys(MODELS, 1.10),
+}
+"""Time ratios that the project set itself."""
+PARTS = ("forward", "input gradients", "weight gradients and norms", "weighted sums", "noise", "rest")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def load(name: str) -> dict[str, Any]:
+    """One committed result file."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def by_cell(rows: Rows) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """{(model, engine): its row}, of those that ran."""
+    return {(row["model"], row["engine"]): row for row in rows if "skipped" not in row}
+
+
+def page() -> str:
+    """docs/speed.md."""
+    steps, profile, noise, scaling, sparse, accounting = map(
+        load, ("step_time", "profile", "noise", "scaling", "sparsification", "accounting")
+    )
+    return f"""# What a private step costs
+
+Written by `python -m benchmarks.page` from [benchmarks/results](../benchmarks/results). Each number is a ratio to the same step
+without privacy (`plain`) in one interleaved run on one core of an idle machine: {steps["about"]}.
+
+![Step time of each engine](speed.svg)
+
+`{steps["command"]}`. Batch in brackets; step time / peak memory.
+
+{_step_table(steps["rows"])}
+
+{_against_peers(steps["rows"])}
+
+**Pages.** privgrad shows glibc a large block once, so that what one step frees stays for the next
+(`privgrad.gradients.memory.keep_pages`); a plain step spends part of its time on page faults instead. Any training gains from
+it: the first row is the plain step in a process that was shown the same. Against that row the flat step takes
+{_against_kept(steps["rows"])}.
+Where Linux has huge pages, `THP_MEM_ALLOC_ENABLE=1` makes large batches cheaper as well (torch reads it at its start; the
+command line sets it).
+
+## Where the time goes
+
+`{profile["command"]}`: milliseconds; both steps in turns in one process, pages kept.
+
+{_profile_table(profile["rows"])}
+
+What is left above the plain step, and why. Gradients of single examples are as many operations as their sum, but in smaller
+products, and they are written once and read twice (norms, sums). A convolution with few channels pays most (ResNet-20): its
+gradients come from a grouped kernel, and are laid out anew. The transformer writes and reads 3.3 million numbers for every
+example of a part. The MLP pays for its noise: a cryptographic normal costs {_nanoseconds(noise["rows"])} nanoseconds
+(torch's own {_nanoseconds(noise["rows"], "fast")}), 1.9 million of them for 512 examples.
+Share of a step, by `{noise["command"]}`: {_noise_shares(noise["rows"])}.
+
+## Structured sparsification
+
+`{sparse["command"]}`:
+WRN-16-4 with 90 % masked, `compression = random_sparsification`.
+
+{_sparse_table(sparse["rows"])}
+
+`rows`: of each weight; the weight gradient of a few rows still reads all inputs. `layers`: whole layers, others at each step;
+below the lowest that takes part no gradient is computed. `bare`: hardly a row is left, but all input gradients are.
+{_sparse_words(sparse["rows"])}
+
+## Scaling
+
+`{scaling["command"]}`: one tower of convolutions, of which one number at a time changes; time ratios.
+
+{_scaling_table(scaling["rows"])}
+
+## Accounting
+
+`{accounting["command"]}`: epsilon and the seconds for it; then the seconds for the noise multiplier of
+epsilon {accounting["target"]:g}; delta {accounting["delta"]:g}. privgrad calls dp-accounting, on a grid that follows the answer,
+and rounds upwards.
+
+{_accounting_table(accounting["rows"])}
+"""
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _step_table(rows: Rows) -> str:
+    cells = by_cell(rows)
+    header = ["time / memory", *(f"{name} [{cells[model, 'plain']['batch']}]" for model, name in MODELS.items())]
+    lines = [
+        [
+            words,
+            *(
+                f"{row['time_ratio']:.2f} / {row['memory_ratio']:.2f}" if (row := cells.get((model, engine))) else ""
+                for model in MODELS
+            ),
+        ]
+        for engine, words in ENGINES.items()
+    ]
+    for engine, words in (("privgrad-flat", "to reach, flat"), ("privgrad-layerwise", "to reach, layerwise")):
+        lines.append([words, *(f"{TO_REACH[engine][model]:.2f}" for model in MODELS)])
+    return _table(header, lines)
+
+
+def _against_peers(rows: Rows) -> str:
+    cells = by_cell(rows)
+    ahead = {
+        model: min(cells[model, peer]["seconds"] for peer in PEERS) / cells[model, "privgrad-flat"]["seconds"]
+        for model in MODELS
+    }
+    faster = ", ".join(f"{MODELS[model]} {ratio:.2f}" for model, ratio in ahead.items())
+    missed = [
+        f"{MODELS[model]} {engine.removeprefix('privgrad-')} ({ratio:.2f}, to reach {bar:.2f})"
+        for engine, bars in TO_REACH.items()
+        for model, bar in bars.items()
+        if (ratio := cells[model, engine]["time_ratio"]) > bar
+    ]
+    return (
+        f"Opacus's better engine takes so many times as long as privgrad's flat step: {faster}. "
+        f"Lines that are not reached: {', '.join(missed) if missed else 'none'}."
+    )
+
+
+def _against_kept(rows: Rows) -> str:
+    cells = by_cell(rows)
+    ratios = [
+        (name, cells[model, "privgrad-flat"]["seconds"] / cells[model, "plain-kept"]["seconds"])
+        for model, name in MODELS.items()
+    ]
+    return ", ".join(f"{ratio:.2f} ({name})" for name, ratio in ratios)
+
+
+def _parts(row: Mapping[str, Any]) -> list[float]:
+    private = row["private"]
+    known = {
+        **{part: private.get(part, 0.0) for part in PARTS},
+        "input gradients": private["backward"] - private["weight gradients and norms"],
+    }
+    known["rest"] = private["step"] - sum(known[part] for part in PARTS[:-1])
+    return [known[part] for part in PARTS]
+
+
+def _profile_table(rows: Rows) -> str:
+    lines = [
+        [
+            MODELS[row["model"]],
+            f"{row['plain']['step']:.0f} ({row['plain']['forward']:.0f} + {row['plain']['backward']:.0f})",
+            f"{row['private']['step']:.0f}",
+            *(f"{value:.0f}" for value in _parts(row)),
+        ]
+        for row in rows
+    ]
+    return _table(["", "plain (forward + backward)", "private", *PARTS], lines)
+
+
+def _nanoseconds(rows: Rows, kind: str = "secure") -> str:
+    values = [row[f"{kind}_nanoseconds_per_number"] for row in rows]
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def _noise_shares(rows: Rows) -> str:
+    return ", ".join(f"{row['secure_share_of_step']:.1%} ({MODELS[row['model']]})" for row in rows)
+
+
+def _sparse_table(rows: Rows) -> str:
+    words = {
+        "privgrad-flat": "no mask",
+        "privgrad-sparse": "rows",
+        "privgrad-sparse-layers": "layers",
+        "privgrad-bare": "bare",
+    }
+    cells = by_cell(rows)
+    base = cells["wrn-16-4-gn", "privgrad-flat"]["seconds"]
+    lines = []
+    for engine, name in words.items():
+        row = cells["wrn-16-4-gn", engine]
+        lines.append([name, f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}", f"{base / row['seconds']:.2f}"])
+    return _table(["mask", "time", "memory", "times as fast as without"], lines)
+
+
+def _sparse_words(rows: Rows) -> str:
+    cells = by_cell(rows)
+    whole, bare = (cells["wrn-16-4-gn", engine]["time_ratio"] for engine in ("privgrad-flat", "privgrad-bare"))
+    shares = {
+        name: (whole - cells["wrn-16-4-gn", engine]["time_ratio"]) / (whole - bare)
+        for name, engine in (("rows", "privgrad-sparse"), ("layers", "privgrad-sparse-layers"))
+    }
+    return (
+        f"So `rows` removes {shares['rows']:.0%} of what weight gradients, norms and noise cost (no mask less `bare`), and\n"
+        f"`layers` {shares['layers']:.0%}: input gradients go, too."
+    )
+
+
+def _scaling_table(rows: Rows) -> str:
+    engines = [engine for engine in dict.fromkeys(row["engine"] for row in rows) if engine != "plain"]
+    cells = by_cell(rows)
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    return _table(
+        ["", *engines], ([name, *(f"{cells[name, engine]['time_ratio']:.2f}" for engine in engines)] for name in names)
+    )
+
+
+def _accounting_table(rows: Rows) -> str:
+    questions = list(dict.fromkeys((row["rate"], row["steps"], row["noise_multiplier_given"]) for row in rows))
+    found = {(row["engine"], row["rate"], row["steps"]): row for row in rows}
+    lines = [
+        [
+            engine,
+            *(
+                f"{row['epsilon']:.3f} in {row['epsilon_seconds']:.2f} s; {row['noise_multiplier_seconds']:.1f} s"
+                for rate, steps, _ in questions
+                if (row := found[engine, rate, steps])
+            ),
+        ]
+        for engine in dict.fromkeys(row["engine"] for row in rows)
+    ]
+    return _table(["", *(f"q = {rate:g}, T = {steps:,}, z = {given:g}" for rate, steps, given in questions)], lines)
+
+
+def draw(rows: Rows, file: Path) -> None:
+    """A panel for each model: a bar for each engine, on a scale of powers of two."""
+    shown: dict[str, tuple[str, str]] = {
+        "privgrad-flat": ("privgrad, flat", "#123f7a"),
+        "privgrad-layerwise": ("privgrad, layerwise", "#123f7a"),
+        "privgrad-group": ("privgrad, groups", "#123f7a"),
+        "opacus-ghost": ("Opacus, ghost", "#c8761a"),
+        "opacus-hooks": ("Opacus, hooks", "#c8761a"),
+    }
+    cells = by_cell(rows)
+    figure, panels = pyplot.subplots(1, len(MODELS), figsize=(11, 2.6), sharey=True)
+    for axes, (model, name) in zip(panels, MODELS.items(), strict=True):
+        present = [engine for engine in shown if (model, engine) in cells]
+        for place, engine in enumerate(reversed(present)):
+            ratio = cells[model, engine]["time_ratio"]
+            axes.barh(place, ratio, color=shown[engine][1], height=0.65)
+            axes.annotate(f" {ratio:.3g}", (ratio, place), va="center", fontsize=8)
+        axes.axvline(1.0, color="#88919c", linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(present)), [shown[engine][0] for engine in reversed(present)], fontsize=8)
+        axes.set_xlim(0, 1.35 * min(4.0, max(cells[model, engine]["time_ratio"] for engine in present)))
+        axes.set_title(f"{name} [{cells[model, 'plain']['batch']}]", fontsize=9, loc="left")
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.supxlabel("step time, in plain steps", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write both files."""
+    PAGE.write_text(page())
+    draw(load("step_time")["rows"], PICTURE)
+
+
+if __name__ == "__main__":
+    main()
