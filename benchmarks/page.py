@@ -69,7 +69,8 @@ without privacy (`plain`) in one interleaved run on one core of an idle machine:
 
 ![Step time of each engine](speed.svg)
 
-`{steps["command"]}`. Batch in brackets; step time / peak memory.
+`{steps["command"]}`.
+Batch in brackets; step time / peak memory.
 
 {_step_table(steps["rows"])}
 
