@@ -41,6 +41,8 @@ TO_REACH = {
     "privgrad-group": dict.fromkeys(MODELS, 1.10),
 }
 """Time ratios that the project set itself."""
+_LONGEST = 4.0
+"""Plain steps."""
 PARTS = ("forward", "input gradients", "weight gradients and norms", "weighted sums", "noise", "rest")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -262,7 +264,7 @@ def _accounting_table(rows: Rows) -> str:
 
 
 def draw(rows: Rows, file: Path) -> None:
-    """A panel for each model: a bar for each engine, on a scale of powers of two."""
+    """A panel for each model, a bar for each engine; what is longer than _LONGEST is cut, and says so."""
     shown: dict[str, tuple[str, str]] = {
         "privgrad-flat": ("privgrad, flat", "#123f7a"),
         "privgrad-layerwise": ("privgrad, layerwise", "#123f7a"),
@@ -277,10 +279,15 @@ def draw(rows: Rows, file: Path) -> None:
         for place, engine in enumerate(reversed(present)):
             ratio = cells[model, engine]["time_ratio"]
             axes.barh(place, ratio, color=shown[engine][1], height=0.65)
-            axes.annotate(f" {ratio:.3g}", (ratio, place), va="center", fontsize=8)
+            if ratio <= _LONGEST:
+                axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
+            else:
+                axes.annotate(
+                    f"{ratio:.0f} → ", (1.35 * _LONGEST, place), va="center", ha="right", fontsize=8, color="w"
+                )
         axes.axvline(1.0, color="#88919c", linewidth=1, linestyle=":")
         axes.set_yticks(range(len(present)), [shown[engine][0] for engine in reversed(present)], fontsize=8)
-        axes.set_xlim(0, 1.35 * min(4.0, max(cells[model, engine]["time_ratio"] for engine in present)))
+        axes.set_xlim(0, 1.35 * min(_LONGEST, max(cells[model, engine]["time_ratio"] for engine in present)))
         axes.set_title(f"{name} [{cells[model, 'plain']['batch']}]", fontsize=9, loc="left")
         axes.tick_params(length=0, labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
