@@ -24,7 +24,15 @@ from tests.audit.table import (
 )
 
 ROWS = json.loads(RESULTS.read_text())
-SIDE_BY_SIDE = [row for row in ROWS["steps"] if row["reason"] is None and row["trials"] == ALONE]
+NEAR = [
+    row
+    for row in ROWS["steps"]
+    if row["reason"] is None
+    and row["scale"] == "mu"
+    and row["trials"] == ALONE
+    and row["lower"] >= 0.9 * row["claimed"]
+]
+"""Rows of canaries side by side that came near their claim, with room for chance."""
 
 
 def test_no_claim_is_refuted_and_every_gaussian_mechanism_is_tight() -> None:
@@ -52,7 +60,7 @@ def test_the_page_is_of_the_results() -> None:
     assert PAGE.read_text() == page(ROWS)
 
 
-@pytest.mark.parametrize("row", random.Random(5).sample(SIDE_BY_SIDE, 6), ids=lambda row: ", ".join(row["mechanisms"]))
+@pytest.mark.parametrize("row", random.Random(5).sample(NEAR, 6), ids=lambda row: ", ".join(row["mechanisms"]))
 def test_a_row_can_be_had_again(row: dict[str, object]) -> None:
     torch.set_num_threads(1)
     again = audited(*row["mechanisms"])  # type: ignore[misc]
