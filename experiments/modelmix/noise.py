@@ -25,7 +25,7 @@ from privgrad.privacy.accounting import Accountant
 SETTINGS = {
     "features, epsilon 1": (50_000, 512, 160, 1.0),
     "features, epsilon 0.4": (50_000, 512, 160, 0.4),
-    "ResNet-20, epsilon 8": (50_000, 384, 40, 8.0),
+    "ResNet-20, epsilon 8": (50_000, 512, 200, 8.0),
 }
 """(images, expected batch size, steps, epsilon)."""
 SHARES = (0.75, 0.9)
