@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 import privgrad as pg
 from privgrad.gradients.contract import Fold
 from privgrad.mechanism.plan import Plan
-from privgrad.training.batches import SampledBatch
+from privgrad.training.batches import SampledBatch, check_apart
 from privgrad.training.private import Private, Spent
 from tests.helpers import full_batch_plan, loop_gradients
 
@@ -594,6 +594,20 @@ def test_a_collate_function_that_mixes_records_is_refused(order: Callable[[int],
     with pytest.raises(pg.RefusedError, match="collate_fn mixes records"):
         private(model, collate_fn=lambda rows: turned(default_collate(rows), order(len(rows))))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_search_for_mixing_shows_the_function_no_private_value() -> None:
+    """An outcome that depends on values of records would be a release without noise."""
+    dataset = TensorDataset(*(7.0 + 0 * tensor.double() for tensor in records().tensors))
+    shown: list[float] = []
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        shown.extend(float(value) for row in rows for part in row for value in part.flatten())
+        return default_collate(rows)
+
+    check_apart(dataset, collate)
+    assert shown
+    assert 7.0 not in shown
 
 
 def test_a_collate_function_that_pads_or_draws_for_each_record_is_allowed() -> None:

@@ -143,23 +143,37 @@ def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | N
 def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
     """Refuse a collate_fn that mixes records (MixUp, CutMix): the first row of a batch must not hold the second record.
 
-    Looks at three records under some seeds; the caller keeps the generators. Nothing is said where shapes differ (padding), or
-    where the function draws random numbers of its own.
+    Tries it under some seeds; the caller keeps the generators. Nothing is said where shapes differ (padding), where the function
+    draws random numbers of its own, or where records hold no tensor and no array.
+
+    Guarantee: the records are made up, with the first one's shapes: no value of a tensor or an array enters.
 
     Raises:
         RefusedError: another second record changes the first row.
     """
-    if collate_fn is None or size_of(dataset) < 3:
+    if collate_fn is None or size_of(dataset) == 0:
         return
     mixes = False
     with contextlib.suppress(Exception):  # what cannot be read or collated is refused elsewhere, in words
-        mixes = any(_mixes(collate_fn, _items(dataset, [0, 1, 2]), seed) for seed in range(_SEEDS))
+        (like,) = _items(dataset, [0])
+        items = [pytree.tree_map(_made_up, like) for _ in range(3)]
+        mixes = any(_mixes(collate_fn, items, seed) for seed in range(_SEEDS))
     if mixes:
         raise RefusedError(
             "collate_fn mixes records: a row of its batch changes with another record, so that one record moves several "
             "rows, and clipping a row does not bound what it changes; leave mixing (MixUp, CutMix) out, or augment each "
             "record by itself (views)"
         )
+
+
+def _made_up(leaf: Any) -> Any:
+    """Random numbers in the place of a tensor's or an array's; anything else as it is."""
+    if isinstance(leaf, Tensor):
+        drawn = torch.randn(leaf.shape) if leaf.is_floating_point() else torch.randint(2, leaf.shape)
+        return drawn.to(leaf.dtype)
+    if isinstance(leaf, numpy.ndarray):
+        return numpy.asarray(numpy.random.standard_normal(leaf.shape)).astype(leaf.dtype)
+    return leaf
 
 
 def _mixes(collate_fn: Callable[[list[Any]], Tree], items: list[Any], seed: int) -> bool:
