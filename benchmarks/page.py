@@ -7,10 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot
+from privgrad.report.picture import ACCENT, SOFT, bare, new_figure, svg
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -266,14 +263,15 @@ def _accounting_table(rows: Rows) -> str:
 def draw(rows: Rows, file: Path) -> None:
     """A panel for each model, a bar for each engine; what is longer than _LONGEST is cut, and says so."""
     shown: dict[str, tuple[str, str]] = {
-        "privgrad-flat": ("privgrad, flat", "#123f7a"),
-        "privgrad-layerwise": ("privgrad, layerwise", "#123f7a"),
-        "privgrad-group": ("privgrad, groups", "#123f7a"),
+        "privgrad-flat": ("privgrad, flat", ACCENT),
+        "privgrad-layerwise": ("privgrad, layerwise", ACCENT),
+        "privgrad-group": ("privgrad, groups", ACCENT),
         "opacus-ghost": ("Opacus, ghost", "#c8761a"),
         "opacus-hooks": ("Opacus, hooks", "#c8761a"),
     }
     cells = by_cell(rows)
-    figure, panels = pyplot.subplots(1, len(MODELS), figsize=(11, 2.6), sharey=True)
+    figure = new_figure(11, 2.6)
+    panels = figure.subplots(1, len(MODELS), sharey=True)
     for axes, (model, name) in zip(panels, MODELS.items(), strict=True):
         present = [engine for engine in shown if (model, engine) in cells]
         for place, engine in enumerate(reversed(present)):
@@ -285,15 +283,14 @@ def draw(rows: Rows, file: Path) -> None:
                 axes.annotate(
                     f"{ratio:.0f} → ", (1.35 * _LONGEST, place), va="center", ha="right", fontsize=8, color="w"
                 )
-        axes.axvline(1.0, color="#88919c", linewidth=1, linestyle=":")
+        axes.axvline(1.0, color=SOFT, linewidth=1, linestyle=":")
         axes.set_yticks(range(len(present)), [shown[engine][0] for engine in reversed(present)], fontsize=8)
         axes.set_xlim(0, 1.35 * min(_LONGEST, max(cells[model, engine]["time_ratio"] for engine in present)))
         axes.set_title(f"{name} [{cells[model, 'plain']['batch']}]", fontsize=9, loc="left")
-        axes.tick_params(length=0, labelsize=8)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        bare(axes)
     figure.supxlabel("step time, in plain steps", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    file.write_text(svg(figure))
 
 
 def main() -> None:
