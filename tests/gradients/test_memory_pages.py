@@ -30,8 +30,9 @@ print(faults() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep their own counsel")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     plain, kept = faults("plain"), faults("kept")
-    if plain < 1000:
-        pytest.skip("the system's pages are large")
+    # Eighty blocks of 1,024 pages. Where a small allocation happens to lie above them glibc cannot give them back anyway.
+    if plain < 20_000:
+        pytest.skip("this system's pages are large, or stay without being asked to")
     assert kept < plain / 10
 
 
