@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,34 @@ def test_a_step_with_products_of_fewer_bits_is_refused() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert step.ledger.count == 0
+
+
+NEWER = ["mkldnn.matmul", "mkldnn.conv", "mkldnn", "cuda.matmul", ""]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has no such setting")
+@pytest.mark.parametrize("place", NEWER)
+def test_fewer_bits_are_noticed_by_their_newer_names(place: str) -> None:
+    """Once one is set, torch does not let the older name be read: that must not be an error of its own."""
+    code = f"""
+import torch, privgrad
+from operator import attrgetter
+from privgrad.gradients.precision import check_precision, exact_convolutions
+place = attrgetter({place!r})(torch.backends) if {place!r} else torch.backends
+for precision, refused in (("tf32", True), ("ieee", False)):
+    place.fp32_precision = precision
+    try:
+        check_precision(torch.device("cpu"))
+        assert not refused
+    except privgrad.PrivgradError as error:
+        assert refused and precision in str(error), error
+torch.backends.cudnn.conv.fp32_precision = "tf32"
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+with exact_convolutions():
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_convolutions_are_summed_with_all_bits_of_float32() -> None:

@@ -558,9 +558,23 @@ MUTANTS = (
     Mutant(
         "a step may multiply with fewer bits",
         "gradients/precision.py",
-        '(precision := torch.get_float32_matmul_precision()) != "highest"',
-        '(precision := torch.get_float32_matmul_precision()) == "none"',
+        '    if precision != "highest":',
+        "    if False:",
         (CLIPPING,),
+    ),
+    Mutant(
+        "a step may multiply with fewer bits, by the newer names of that",
+        "gradients/precision.py",
+        "        if precision not in _EXACT:",
+        "        if False:",
+        (CLIPPING,),
+    ),
+    Mutant(
+        "a product without a public name is taken on trust",
+        "gradients/products.py",
+        "    return linear if same else None",
+        "    return linear",
+        ("tests/gradients/test_products.py",),
     ),
     Mutant(
         "every worker adds noise of its own",

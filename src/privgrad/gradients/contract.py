@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
+from privgrad.gradients.products import add_product
 
 Tree = Any
 """Any nesting of tuples, lists and dicts of tensors, each with the row as its first dimension."""
@@ -212,7 +213,7 @@ class FlatSink:
 
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
         """Add a product to a slot's view."""
-        self.views[slot].addmm_(left.T.to(self.flat.dtype), right.to(self.flat.dtype))
+        add_product(self.views[slot], left.T.to(self.flat.dtype), right.to(self.flat.dtype))
 
 
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:

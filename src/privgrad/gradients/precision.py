@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
 
 import torch
 
 from privgrad.errors import PrivgradError
+
+_PLACES = ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul")
+"""Where torch 2.9 and later keep a precision of their own, under torch.backends."""
+_EXACT = ("none", "ieee")
 
 
 def check_precision(device: torch.device) -> None:
@@ -20,14 +27,44 @@ def check_precision(device: torch.device) -> None:
             "the step runs inside torch.autocast, which would round norms and sums, and so move a sum by more than a record "
             "may; take the step out of it, and put autocast into loss_fn, around the model"
         )
-    if (precision := torch.get_float32_matmul_precision()) != "highest":
-        raise PrivgradError(
-            f"torch's float32 matmul precision is {precision!r}, which would round norms and sums, and so move a sum by more "
-            "than a record may; set it to 'highest' (torch.set_float32_matmul_precision), and for speed put autocast into loss_fn"
-        )
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by the newer names below
+        precision = "highest"
+    if precision != "highest":
+        raise PrivgradError(_message("torch's float32 matmul precision", precision, "highest"))
+    for place in _PLACES:
+        precision = getattr(attrgetter(place)(torch.backends), "fp32_precision", "none")
+        if precision not in _EXACT:
+            raise PrivgradError(_message(f"torch.backends.{place}.fp32_precision", precision, "ieee"))
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
+def _message(setting: str, precision: str, exact: str) -> str:
+    return (
+        f"{setting} is {precision!r}, which would round norms and sums, and so move a sum by more than a record may; set it to "
+        f"{exact!r}, and for speed put autocast into loss_fn"
+    )
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
     """cuDNN with all bits of float32: by default it takes ten of them (TF32), and a sum would exceed the norm's bound."""
-    now = torch.backends.cudnn
-    return now.flags(enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False)
+    cudnn: Any = torch.backends.cudnn
+    if not _set_by_newer_names():
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+        return
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
+
+
+def _set_by_newer_names() -> bool:
+    """torch then does not let the older name be read, nor set."""
+    try:
+        torch.backends.cudnn.allow_tf32  # noqa: B018
+    except RuntimeError:
+        return True
+    return False

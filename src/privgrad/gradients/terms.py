@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from privgrad.gradients.contract import Fold, weighted_sum
+from privgrad.gradients.products import linear, products
 
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
@@ -171,7 +172,8 @@ class Outer:
 
     def dense(self) -> Tensor:
         units = self.joined()
-        return torch.bmm(units.left.transpose(1, 2), units.right)
+        shape = (units.left.shape[2], units.right.shape[2])
+        return products(units.left.transpose(1, 2), units.right, units.left.new_empty(len(units.left), *shape))
 
     def joined(self) -> Outer:
         """The same, with one row for every unit."""
@@ -188,7 +190,7 @@ class Outer:
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         left, right = self.weighted(weights, dropped)
-        return left.T @ right
+        return linear(left.T, right.T)
 
     def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [n, p] and right [n, d], of which the weighted sum is left^T right."""
@@ -224,7 +226,7 @@ class Outer:
         if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
             units = self.joined()
             buffer = take(len(units.left), torch.Size((rows, columns)), units.left)
-            return Rows(torch.bmm(units.left.transpose(1, 2), units.right, out=buffer))
+            return Rows(products(units.left.transpose(1, 2), units.right, buffer))
         return self
 
 

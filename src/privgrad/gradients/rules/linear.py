@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from privgrad.gradients import products
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
@@ -27,7 +28,7 @@ def on_rows(scope: Scope, rows: int, inputs: Tensor, weight: Tensor, bias: Tenso
     owner = scope.weight(weight)
     bias_owner = None if bias is None else scope.weight(bias)
     flat = inputs.reshape(-1, inputs.shape[-1])
-    output = F.linear(flat, scope.value(weight), None if bias is None else scope.value(bias))
+    output = products.linear(flat, scope.value(weight), None if bias is None else scope.value(bias))
 
     def terms(gradient: Tensor, *saved: Tensor) -> Iterator[tuple[Weight, Term]]:
         left = scope.scaled(gradient, rows)
@@ -48,7 +49,7 @@ def matmul(scope: Scope, input: Tensor, other: Tensor) -> Any:
     def product(rows: int, inputs: Tensor) -> Tensor:
         owner = scope.weight(other)
         flat = inputs.reshape(-1, inputs.shape[-1])
-        output = flat @ scope.value(other)
+        output = products.linear(flat, scope.value(other).T)
 
         def terms(gradient: Tensor, saved: Tensor) -> Iterator[tuple[Weight, Term]]:
             assert owner is not None
