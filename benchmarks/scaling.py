@@ -16,7 +16,7 @@ import torch
 from benchmarks.models import SCALES
 from benchmarks.step_time import measure, rows_of
 
-ENGINES = ["plain", "plain-kept", "privgrad-flat", "privgrad-layerwise"]
+ENGINES = ["plain", "plain-tuned", "privgrad-flat", "privgrad-layerwise"]
 
 
 def main() -> None:

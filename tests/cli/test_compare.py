@@ -170,11 +170,14 @@ def test_rows_are_means_over_seeds() -> None:
     [
         ("include = 3", "include is 3"),
         ('include = "none.toml"', "none.toml cannot be read"),
-        ('include = "two.toml"', "only one level"),
+        ('include = "two.toml"', "three.toml cannot be read"),
+        ('include = "one.toml"', "includes itself"),
+        ('include = "four.toml"', "includes itself"),
     ],
 )
 def test_an_include_that_cannot_be_read_is_refused(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "two.toml").write_text('include = "three.toml"')
+    (tmp_path / "four.toml").write_text('include = "one.toml"')
     (tmp_path / "one.toml").write_text(text)
     assert says in refusal("train", tmp_path / "one.toml", "--out", tmp_path / "run")
 
@@ -185,8 +188,9 @@ def test_an_includes_tables_lie_under_the_files_own(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text(
         "[plan]\nsteps = 2\nnoise = { kind = 'gaussian', multiplier = 2.0 }\nsampling = { kind = 'poisson', rate = 0.1 }"
     )
+    (tmp_path / "between.toml").write_text('include = "base.toml"\n[plan]\nsteps = 5')
     (tmp_path / "own.toml").write_text(
-        'include = "base.toml"\n[plan]\nsteps = 3\nnoise = { side_share = 0.1 }\nsampling = { kind = "full_batch" }'
+        'include = "between.toml"\n[plan]\nsteps = 3\nnoise = { side_share = 0.1 }\nsampling = { kind = "full_batch" }'
     )
     assert read_config(tmp_path / "own.toml") == {
         "plan": {

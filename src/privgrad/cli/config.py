@@ -63,17 +63,26 @@ Config = dict[str, dict[str, Any]]
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. `include = "OTHER.toml"` at its top: that file's tables (beside this one), under its own."""
+    """The tables of a TOML file. `include = "OTHER.toml"` at its top: that file's tables, under its own.
+
+    OTHER.toml lies beside the file that includes it, and may include one itself.
+
+    Raises:
+        PrivgradError: a file that cannot be read, that is not TOML, or that includes itself in the end.
+    """
+    return _read(path, ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise PrivgradError(f"{path} includes itself in the end; take one include out")
     given = _tables(path)
     if "include" not in given:
         return given
     name = given.pop("include")
     if not isinstance(name, str):
         raise PrivgradError(f"include is {name!r} in {path}; expected the name of a configuration file")
-    under = _tables(path.parent / name)
-    if "include" in under:
-        raise PrivgradError(f"{path.parent / name} includes another file itself; only one level is read")
-    return _merged(under, given)
+    return _merged(_read(path.parent / name, (*above, path.resolve())), given)
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
