@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from privgrad.report.picture import ACCENT, SOFT, bare, new_figure, svg
+from benchmarks.picture import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +38,6 @@ TO_REACH = {
     "privgrad-group": dict.fromkeys(MODELS, 1.10),
 }
 """Time ratios that the project set itself."""
-_LONGEST = 4.0
-"""Plain steps."""
 PARTS = ("forward", "input gradients", "weight gradients and norms", "weighted sums", "noise", "rest")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -75,10 +73,11 @@ Batch in brackets; step time / peak memory.
 
 {_against_peers(steps["rows"])}
 
-**Pages.** privgrad shows glibc a large block once, so that what one step frees stays for the next
-(`privgrad.gradients.memory.keep_pages`); a plain step spends part of its time on page faults instead. Any training gains from
-it: the first row is the plain step in a process that was shown the same. Against that row the flat step takes
-{_against_kept(steps["rows"])}.
+**Pages and products.** Two things that privgrad does would make any training faster. It shows glibc a large block once, so that
+what one step frees stays for the next (`privgrad.gradients.memory.keep_pages`). And it multiplies the matrices of large linear
+layers by oneDNN, where the BLAS of this torch, MKL, leaves half of the registers unused: on AVX-512 processors that Intel did not
+make, as this one (`privgrad.gradients.products`). The first row is the plain step with both. Against that row the flat step takes
+{_against_tuned(steps["rows"])}.
 Where Linux has huge pages, `THP_MEM_ALLOC_ENABLE=1` makes large batches cheaper as well (torch reads it at its start; the
 command line sets it).
 
@@ -164,7 +163,7 @@ def _against_peers(rows: Rows) -> str:
     )
 
 
-def _against_kept(rows: Rows) -> str:
+def _against_tuned(rows: Rows) -> str:
     cells = by_cell(rows)
     ratios = [
         (name, cells[model, "privgrad-flat"]["seconds"] / cells[model, "plain-tuned"]["seconds"])
@@ -260,43 +259,10 @@ def _accounting_table(rows: Rows) -> str:
     return _table(["", *(f"q = {rate:g}, T = {steps:,}, z = {given:g}" for rate, steps, given in questions)], lines)
 
 
-def draw(rows: Rows, file: Path) -> None:
-    """A panel for each model, a bar for each engine; what is longer than _LONGEST is cut, and says so."""
-    shown: dict[str, tuple[str, str]] = {
-        "privgrad-flat": ("privgrad, flat", ACCENT),
-        "privgrad-layerwise": ("privgrad, layerwise", ACCENT),
-        "privgrad-group": ("privgrad, groups", ACCENT),
-        "opacus-ghost": ("Opacus, ghost", "#c8761a"),
-        "opacus-hooks": ("Opacus, hooks", "#c8761a"),
-    }
-    cells = by_cell(rows)
-    figure = new_figure(11, 2.6)
-    panels = figure.subplots(1, len(MODELS), sharey=True)
-    for axes, (model, name) in zip(panels, MODELS.items(), strict=True):
-        present = [engine for engine in shown if (model, engine) in cells]
-        for place, engine in enumerate(reversed(present)):
-            ratio = cells[model, engine]["time_ratio"]
-            axes.barh(place, ratio, color=shown[engine][1], height=0.65)
-            if ratio <= _LONGEST:
-                axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
-            else:
-                axes.annotate(
-                    f"{ratio:.0f} → ", (1.35 * _LONGEST, place), va="center", ha="right", fontsize=8, color="w"
-                )
-        axes.axvline(1.0, color=SOFT, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(present)), [shown[engine][0] for engine in reversed(present)], fontsize=8)
-        axes.set_xlim(0, 1.35 * min(_LONGEST, max(cells[model, engine]["time_ratio"] for engine in present)))
-        axes.set_title(f"{name} [{cells[model, 'plain']['batch']}]", fontsize=9, loc="left")
-        axes.tick_params(labelsize=8)
-        bare(axes)
-    figure.supxlabel("step time, in plain steps", fontsize=9)
-    file.write_text(svg(figure))
-
-
 def main() -> None:
     """Write both files."""
     PAGE.write_text(page())
-    draw(load("step_time")["rows"], PICTURE)
+    draw(by_cell(load("step_time")["rows"]), MODELS, PICTURE)
 
 
 if __name__ == "__main__":

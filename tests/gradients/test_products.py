@@ -39,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(products, "_onednn", lambda: counted)
     monkeypatch.setattr(products, "_LARGE", 0)
     monkeypatch.setattr(products, "_LARGE_EACH", 0)
+    monkeypatch.setattr(products, "_NARROW", 0)
     return made
 
 

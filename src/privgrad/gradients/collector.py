@@ -194,7 +194,7 @@ class Collector:
             totals = self._totals.pop(column)
             for slot in list(totals):
                 total = totals.pop(slot)
-                if cap is None and isinstance(total, Outer):
+                if cap is None and isinstance(total, Outer | Rows):
                     self._request.sink.add_product(slot, *total.weighted(weight, dropped))
                 elif cap is None:
                     self._request.sink.add(slot, total.weighted_sum(weight, dropped))

@@ -212,8 +212,9 @@ class FlatSink:
         self.views[slot] += value
 
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
-        """Add a product to a slot's view."""
-        add_product(self.views[slot], left.T.to(self.flat.dtype), right.to(self.flat.dtype))
+        """Add left^T right, of as many numbers as the slot has, to its view."""
+        view = self.views[slot].view(left.shape[1], right.shape[1])
+        add_product(view, left.T.to(self.flat.dtype), right.to(self.flat.dtype))
 
 
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:

@@ -7,8 +7,9 @@ clock: the same training gives the same numbers again. `torch.backends.mkldnn.en
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ _LARGE = 2**25
 """Multiplications from which a product of a new shape is faster, although oneDNN first compiles a kernel for it (measured)."""
 _LARGE_EACH = 2**22
 """The same for products whose shape comes again for every unit of every step."""
+_NARROW = 16
+"""A matrix with fewer rows or columns is near enough to a vector that memory decides, not registers."""
 
 Product = Callable[..., Tensor]
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear for inputs [n, d] and weight [p, d], with gradients."""
-    if _chosen(inputs.numel() * len(weight), _LARGE, inputs, weight) is None:
+    if _chosen((*inputs.shape, len(weight)), _LARGE, inputs, weight) is None:
         return F.linear(inputs, weight, bias)
     result: Tensor = _Linear.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
     return result
@@ -35,7 +38,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left [m, k] times right [k, n] to `total` [m, n]. No gradient."""
-    multiply = _chosen(left.numel() * right.shape[1], _LARGE, left, right, total)
+    multiply = _chosen((*left.shape, right.shape[1]), _LARGE, left, right, total)
     if multiply is None:
         total.addmm_(left, right)
     else:
@@ -44,7 +47,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """left [units, m, k] times right [units, k, n] into `out` [units, m, n], which is returned. No gradient."""
-    multiply = _chosen(left[:1].numel() * right.shape[2], _LARGE_EACH, left, right, out)
+    multiply = _chosen((*left.shape[1:], right.shape[2]), _LARGE_EACH, left, right, out)
     if multiply is None:
         return torch.bmm(left, right, out=out)
     for one, other, place in zip(left, right, out, strict=True):
@@ -81,9 +84,11 @@ def _processor() -> str:
     return about.read_text(errors="replace") if about.exists() else platform.processor()
 
 
-def _chosen(multiplications: int, least: int, *tensors: Tensor) -> Product | None:
-    """oneDNN's product for float32 tensors on a CPU, outside of autocast, where it is worth it."""
-    if multiplications < least or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+def _chosen(sizes: Sequence[int], least: int, *tensors: Tensor) -> Product | None:
+    """oneDNN's product for float32 tensors on a CPU, outside of autocast, where it is worth it. sizes: m, k and n."""
+    if math.prod(sizes) < least or min(sizes) < _NARROW or torch.is_autocast_enabled("cpu"):
+        return None
+    if not torch.backends.mkldnn.enabled:
         return None
     if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors):
         return None

@@ -146,8 +146,13 @@ class Rows:
         return _squares(self.gradient) if self.known is None else self.known
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None, cap: float | None = None) -> Tensor:
+        factors, flat = self.weighted(weights, dropped)
+        return weighted_sum(factors.flatten(), flat, cap).view(self.gradient.shape[1:])
+
+    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
+        """factors [units, 1] and gradients [units, numbers], of which the weighted sum is factors^T gradients."""
         flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
-        return weighted_sum(weights.to(flat), flat, cap).view(self.gradient.shape[1:])
+        return weights.to(flat).view(-1, 1), flat
 
     def cut(self, rows: Tensor) -> Rows:
         return Rows(self.gradient.index_select(1, rows.to(self.gradient.device)))

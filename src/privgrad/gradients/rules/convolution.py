@@ -21,7 +21,7 @@ from privgrad.gradients.rules.windows import Geometry
 from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, upwards, wide
 
 _IMAGES_AT_ONCE = 32
-_NUMBERS_AT_ONCE = 300_000
+_NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
 _MANY_WEIGHTS = 100_000

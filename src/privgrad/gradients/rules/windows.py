@@ -44,15 +44,17 @@ def gram(inputs: Tensor, geometry: Geometry) -> Tensor:
     Windows that overlap share products: the Gram matrix of the pixels is formed once, and summed along its diagonals.
     Where strides leave little overlap, the windows are copied out.
     """
-    padded = F.pad(inputs, [side for side in reversed(geometry.padding) for _ in range(2)])
-    units, sizes = len(padded) // geometry.images, padded.shape[2:]
+    units, sides = len(inputs) // geometry.images, [side for side in reversed(geometry.padding) for _ in range(2)]
     if _by_windows(inputs, geometry) < _by_pixels(inputs, geometry):
+        padded, sizes = F.pad(inputs, sides), _padded(inputs, geometry)
         copied = _windows(padded, geometry).view(units, geometry.images, -1, math.prod(_positions(sizes, geometry)))
         columns = copied.transpose(1, 2).flatten(2)
         return torch.bmm(columns.transpose(1, 2), columns)
-    points = padded.reshape(units, geometry.images, padded.shape[1], -1).transpose(1, 2).flatten(2)
-    sums = torch.bmm(points.transpose(1, 2), points).view(units, geometry.images, *sizes, geometry.images, *sizes)
-    for dim, positions in enumerate(_positions(sizes, geometry)):
+    points = inputs.reshape(units, geometry.images, inputs.shape[1], -1).transpose(1, 2).flatten(2)
+    each = (geometry.images, *inputs.shape[2:])
+    # Products with the zeros of the padding are zeros: they are put around the products of what is there.
+    sums = F.pad(torch.bmm(points.transpose(1, 2), points).view(units, *each, *each), [*sides, 0, 0, *sides])
+    for dim, positions in enumerate(_positions(_padded(inputs, geometry), geometry)):
         sums = _along_diagonals(sums, dim, positions, geometry)
     return sums.flatten(2 + geometry.dims).flatten(1, 1 + geometry.dims)
 
@@ -93,7 +95,7 @@ def _windows(padded: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _by_pixels(inputs: Tensor, geometry: Geometry) -> int:
-    return pixels(inputs, geometry) ** 2 * inputs.shape[1]
+    return (geometry.images * math.prod(inputs.shape[2:])) ** 2 * inputs.shape[1]
 
 
 def _by_windows(inputs: Tensor, geometry: Geometry) -> int:
