@@ -95,8 +95,8 @@ written once and read twice (norms, sums). Convolutions go by the same library i
 (ResNet-20), since its gradients come from a grouped kernel and are laid out anew; one with many weights (WRN-16-4) has its norms
 from Gram matrices and its sum from a second kernel. The MLP pays for its noise: a cryptographic normal costs
 {_nanoseconds(noise["rows"])} nanoseconds (torch's own {_nanoseconds(noise["rows"], "fast")}), 1.9 million of them for 512
-examples. Its plain step takes {_mebibytes(steps["rows"], "mlp")} MiB in all: beside that weigh a buffer for the sums, which is there from the start, and
-what the faster products lay out anew.
+examples. Its plain step takes {_mebibytes(steps["rows"], "mlp")} MiB in all: beside that weigh a buffer for the sums, which is
+there from the start, what the faster products lay out anew, and the code pages of other kernels.
 Share of a step, by `{noise["command"]}`: {_noise_shares(noise["rows"])}.
 
 ## Structured sparsification

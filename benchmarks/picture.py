@@ -29,7 +29,8 @@ def draw(cells: Mapping[tuple[str, str], Mapping[str, Any]], models: Mapping[str
             ratio = cells[model, engine]["time_ratio"]
             axes.barh(place, ratio, color=shown[engine][1], height=0.65)
             if ratio <= _LONGEST:
-                axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
+                label = axes.annotate(f" {ratio:.2f}", (ratio, place), va="center", fontsize=8)
+                label.set_bbox({"facecolor": "w", "edgecolor": "none", "pad": 0.2})
             else:
                 axes.annotate(
                     f"{ratio:.0f} → ", (1.35 * _LONGEST, place), va="center", ha="right", fontsize=8, color="w"

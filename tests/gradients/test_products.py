@@ -118,6 +118,13 @@ def test_networks_agree_with_a_loop(name: str, calls: list[int]) -> None:
     assert calls
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("name", ["linear", "linear [T, d]", "multi-head attention", "linear, tied"])
+def test_a_non_finite_gradient_contributes_exactly_zero(name: str, poison: float, calls: list[int]) -> None:
+    test_onepass.test_a_non_finite_gradient_contributes_exactly_zero(name, poison)
+    assert calls
+
+
 @pytest.mark.parametrize("left_over", [1e-2, 1e-4, 1e-6, 1e-8])
 def test_rounding_lets_no_unit_contribute_more_than_its_norm(left_over: float, calls: list[int]) -> None:
     test_onepass.test_rounding_lets_no_unit_contribute_more_than_its_norm("product", left_over)
