@@ -249,9 +249,12 @@ def _scaling_table(rows: Rows) -> str:
     engines = [engine for engine in dict.fromkeys(row["engine"] for row in rows) if engine != "plain"]
     cells = by_cell(rows)
     names = list(dict.fromkeys(row["model"] for row in rows))
-    return _table(
-        ["", *engines], ([name, *(f"{cells[name, engine]['time_ratio']:.2f}" for engine in engines)] for name in names)
-    )
+    lines = []
+    for name in names:
+        ratios = {engine: cells[name, engine]["time_ratio"] for engine in engines}
+        against_tuned = ratios["privgrad-flat"] / ratios["plain-tuned"]
+        lines.append([name, *(f"{ratio:.2f}" for ratio in ratios.values()), f"{against_tuned:.2f}"])
+    return _table(["", *engines, "flat against plain-tuned"], lines)
 
 
 def _accounting_table(rows: Rows) -> str:

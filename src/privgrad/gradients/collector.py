@@ -15,7 +15,7 @@ from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, size,
 _SMALL = 8192
 """Gradients of so many numbers at most are handled together with the others of their block."""
 
-TOGETHER = 4 * 2**20
+TOGETHER = 16 * 2**20
 """Complete blocks wait for one another until they hold so many bytes: the rule costs as much for one as for ten."""
 
 
