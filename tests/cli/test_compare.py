@@ -173,9 +173,12 @@ def test_rows_are_means_over_seeds() -> None:
         ('include = "two.toml"', "three.toml cannot be read"),
         ('include = "one.toml"', "includes itself"),
         ('include = "four.toml"', "includes itself"),
+        ('include = "loop.toml"', "loop.toml cannot be read"),
+        ('include = "a\\u0000b"', "not valid TOML"),
     ],
 )
 def test_an_include_that_cannot_be_read_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
     (tmp_path / "two.toml").write_text('include = "three.toml"')
     (tmp_path / "four.toml").write_text('include = "one.toml"')
     (tmp_path / "one.toml").write_text(text)

@@ -26,6 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     products._onednn.cache_clear()
     monkeypatch.setattr(products, "_processor", lambda: "vendor_id : AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     multiply = products._onednn()
     products._onednn.cache_clear()
     assert multiply is not None
@@ -40,6 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(products, "_LARGE", 0)
     monkeypatch.setattr(products, "_LARGE_EACH", 0)
     monkeypatch.setattr(products, "_NARROW", 0)
+    monkeypatch.setattr(products, "_STEP", 4)
     return made
 
 
@@ -67,9 +69,51 @@ def test_products_are_right(layout: str, calls: list[int]) -> None:
     assert near(total, expected)
     units = matrix(5, 40, 70), matrix(5, 70, 30)
     out = torch.empty(5, 40, 30)
-    assert products.products(*units, out) is out
+    assert products.batched_product(*units, out) is out
     assert near(out, torch.bmm(units[0].double(), units[1].double()))
     assert len(calls) == 6
+
+
+def test_biases_that_do_not_lie_side_by_side_are_read_as_they_are(calls: list[int]) -> None:
+    """oneDNN reads on from a bias's first number, whatever its strides say: into other tensors, and so other records."""
+    inputs, weight = torch.randn(40, 16), torch.randn(24, 16)
+    biases = torch.randn(24), torch.randn(1).expand(24), torch.randn(24, 2)[:, 1], torch.randn(()), torch.randn(1)
+    for bias in biases:
+        assert near(products.linear(inputs, weight, bias), F.linear(inputs.double(), weight.double(), bias.double()))
+    assert len(calls) == 1
+
+
+def test_windows_that_overlap_are_multiplied(calls: list[int]) -> None:
+    windows, other = torch.randn(100).unfold(0, 16, 2), torch.randn(43, 20)
+    total = torch.zeros(20, 16)
+    products.add_product(total, other.T, windows)
+    assert near(total, other.T.double() @ windows.double())
+    out = torch.empty(1, 20, 16)
+    assert near(products.batched_product(other.T[None], windows[None], out)[0], other.T.double() @ windows.double())
+    assert near(products.linear(other.T.contiguous(), windows.T), other.T.double() @ windows.double())
+    assert len(calls) == 3
+
+
+def test_batches_of_many_sizes_are_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each shape that it has seen oneDNN keeps half a mebibyte: under Poisson sampling that would go on and on."""
+    multiply, shapes = products._onednn(), set()
+    assert multiply is not None
+
+    def seen(*args: Any) -> Tensor:
+        shapes.add(tuple(args[0].shape))
+        result: Tensor = multiply(*args)
+        return result
+
+    monkeypatch.setattr(products, "_onednn", lambda: seen)
+    monkeypatch.setattr(products, "_STEP", 32)
+    layer = nn.Linear(16, 24)
+    for count in range(33, 97):
+        inputs = torch.randn(count, 16, requires_grad=True)
+        output = products.linear(inputs, layer.weight.detach(), layer.bias.detach())
+        assert output.shape == (count, 24)
+        torch.autograd.backward(output.square().sum())
+        products.add_product(torch.zeros(16, 24), inputs.detach().T, output.detach())
+    assert shapes == {(64, 16), (64, 24), (96, 16), (96, 24), (16, 32), (16, 64), (16, 96)}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -137,11 +181,16 @@ import sys, torch
 from privgrad.gradients import products
 products._processor = lambda: sys.argv[1]
 torch.backends.cpu.get_cpu_capability = lambda: sys.argv[2]
+torch.backends.mkl.is_available = lambda: True
 print(products._onednn() is None)
 """
-    for processor, capability in (("vendor_id : GenuineIntel", "AVX512"), ("vendor_id : AuthenticAMD", "AVX2")):
+    for processor, capability, own in (
+        ("vendor_id : GenuineIntel", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", True),
+        ("vendor_id : AuthenticAMD", "AVX512", False),
+    ):
         command = [sys.executable, "-c", code, processor, capability]
-        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True\n"
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{own}\n"
 
 
 def test_a_product_that_has_changed_its_meaning_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +198,7 @@ def test_a_product_that_has_changed_its_meaning_is_not_used(monkeypatch: pytest.
     products._onednn.cache_clear()
     monkeypatch.setattr(products, "_processor", lambda: "vendor_id : AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products._onednn() is not None
     products._onednn.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *_: x @ w.T)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import privgrad as pg
 from privgrad.gradients.contract import Engine, Fold
 from privgrad.gradients.onepass import OnePassEngine
-from privgrad.gradients.precision import exact_convolutions
+from privgrad.gradients.precision import check_precision, exact_convolutions
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
 from tests.helpers import full_batch_plan, runner
@@ -110,7 +111,7 @@ def test_a_step_with_products_of_fewer_bits_is_refused() -> None:
     assert step.ledger.count == 0
 
 
-NEWER = ["mkldnn.matmul", "mkldnn.conv", "mkldnn", "cuda.matmul", ""]
+NEWER = ["mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "mkldnn", "cuda.matmul", ""]
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has no such setting")
@@ -129,6 +130,9 @@ for precision, refused in (("tf32", True), ("ieee", False)):
         assert not refused
     except privgrad.PrivgradError as error:
         assert refused and precision in str(error), error
+torch.backends.fp32_precision = "tf32"
+with exact_convolutions():
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
 torch.backends.cudnn.conv.fp32_precision = "tf32"
 torch.backends.cudnn.rnn.fp32_precision = "ieee"
 with exact_convolutions():
@@ -139,11 +143,19 @@ assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def test_convolutions_are_summed_with_all_bits_of_float32() -> None:
-    cudnn = torch.backends.cudnn
-    before = cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+    cudnn: Any = torch.backends.cudnn
+    newer = hasattr(cudnn, "conv")
+    before = cudnn.conv.fp32_precision if newer else cudnn.allow_tf32
     with exact_convolutions():
-        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (*before[:3], False)
-    assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
+        assert cudnn.conv.fp32_precision == "ieee" if newer else not cudnn.allow_tf32
+    assert before == (cudnn.conv.fp32_precision if newer else cudnn.allow_tf32)
+    assert cudnn.allow_tf32
+
+
+def test_torch_before_2_9_has_no_newer_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("matmul", "conv", "rnn"):
+        monkeypatch.delattr(type(torch.backends.mkldnn), name, raising=False)
+    check_precision(torch.device("cpu"))
 
 
 def test_autocast_inside_the_loss_leaves_sums_in_full_precision() -> None:

@@ -570,6 +570,13 @@ MUTANTS = (
         (CLIPPING,),
     ),
     Mutant(
+        "a bias is read on past its end",
+        "gradients/products.py",
+        "    if not readable or _chosen(",
+        "    if _chosen(",
+        ("tests/gradients/test_products.py",),
+    ),
+    Mutant(
         "a product without a public name is taken on trust",
         "gradients/products.py",
         "    return linear if same else None",

@@ -608,6 +608,13 @@ def test_the_search_for_mixing_shows_the_function_no_private_value() -> None:
     check_apart(dataset, collate)
     assert shown
     assert 7.0 not in shown
+    shown.clear()
+    labelled: Any = [(torch.zeros(3), 7)] * 3
+    check_apart(
+        labelled, lambda rows: [default_collate([row for row, _ in rows]), shown.extend(label for _, label in rows)]
+    )
+    assert shown
+    assert 7.0 not in shown
 
 
 def test_a_collate_function_that_pads_or_draws_for_each_record_is_allowed() -> None:

@@ -74,9 +74,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    given = _tables(path)
     if path.resolve() in above:
         raise PrivgradError(f"{path} includes itself in the end; take one include out")
-    given = _tables(path)
     if "include" not in given:
         return given
     name = given.pop("include")

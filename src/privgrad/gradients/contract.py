@@ -133,7 +133,7 @@ class Sink(Protocol):
         ...
 
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, of left [n, p] and right [n, d], to the sum of a slot of shape [p, d]; it need never exist alone."""
+        """Add left^T right, of left [n, p] and right [n, d], of as many numbers as the slot has; it need never exist alone."""
         ...
 
 

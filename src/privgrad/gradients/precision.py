@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def check_precision(device: torch.device) -> None:
     if precision != "highest":
         raise PrivgradError(_message("torch's float32 matmul precision", precision, "highest"))
     for place in _PLACES:
-        precision = getattr(attrgetter(place)(torch.backends), "fp32_precision", "none")
+        precision = getattr(_backend(place), "fp32_precision", "none")
         if precision not in _EXACT:
             raise PrivgradError(_message(f"torch.backends.{place}.fp32_precision", precision, "ieee"))
 
@@ -46,25 +45,24 @@ def _message(setting: str, precision: str, exact: str) -> str:
     )
 
 
+def _backend(place: str) -> Any:
+    """torch.backends.PLACE, or None where this torch has no such thing."""
+    found: Any = torch.backends
+    for name in place.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """cuDNN with all bits of float32: by default it takes ten of them (TF32), and a sum would exceed the norm's bound."""
-    cudnn: Any = torch.backends.cudnn
-    if not _set_by_newer_names():
+    cudnn, conv = torch.backends.cudnn, _backend("cudnn.conv")
+    if conv is None:  # before torch 2.9
         with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
             yield
         return
-    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision = before
-
-
-def _set_by_newer_names() -> bool:
-    """torch then does not let the older name be read, nor set."""
-    try:
-        torch.backends.cudnn.allow_tf32  # noqa: B018
-    except RuntimeError:
-        return True
-    return False
+        conv.fp32_precision = before

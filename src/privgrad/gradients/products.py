@@ -22,6 +22,8 @@ _LARGE = 2**25
 """Multiplications from which a product of a new shape is faster, although oneDNN first compiles a kernel for it (measured)."""
 _LARGE_EACH = 2**22
 """The same for products whose shape comes again for every unit of every step."""
+_STEP = 32
+"""Rows and positions, which differ from batch to batch, go in multiples of so many: oneDNN keeps half a MiB for each shape."""
 _NARROW = 16
 """A matrix with fewer rows or columns is near enough to a vector that memory decides, not registers."""
 
@@ -30,7 +32,9 @@ Product = Callable[..., Tensor]
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear for inputs [n, d] and weight [p, d], with gradients."""
-    if _chosen((*inputs.shape, len(weight)), _LARGE, inputs, weight) is None:
+    # oneDNN reads a bias as it lies in memory, whatever its strides say.
+    readable = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_contiguous())
+    if not readable or _chosen((*inputs.shape, len(weight)), _LARGE, inputs, weight) is None:
         return F.linear(inputs, weight, bias)
     result: Tensor = _Linear.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
     return result
@@ -39,19 +43,24 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left [m, k] times right [k, n] to `total` [m, n]. No gradient."""
     multiply = _chosen((*left.shape, right.shape[1]), _LARGE, left, right, total)
-    if multiply is None:
-        total.addmm_(left, right)
-    else:
-        total += multiply(left, right.T)
+    whole = 0 if multiply is None else len(right) // _STEP * _STEP
+    if multiply is not None and whole:
+        total += multiply(left[:, :whole], _plain(right[:whole].T))
+    if whole < len(right):
+        total.addmm_(left[:, whole:], right[whole:])
 
 
-def products(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """left [units, m, k] times right [units, k, n] into `out` [units, m, n], which is returned. No gradient."""
     multiply = _chosen((*left.shape[1:], right.shape[2]), _LARGE_EACH, left, right, out)
-    if multiply is None:
+    count = right.shape[1]
+    whole = count // _STEP * _STEP
+    if multiply is None or not whole:
         return torch.bmm(left, right, out=out)
     for one, other, place in zip(left, right, out, strict=True):
-        place.copy_(multiply(one, other.T))
+        place.copy_(multiply(one[:, :whole], _plain(other[:whole].T)))
+        if whole < count:
+            place.addmm_(one[:, whole:], other[whole:])
     return out
 
 
@@ -68,9 +77,9 @@ def _onednn() -> Product | None:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return result
 
-    # No public name: so whether it still does what it did is looked at, on integers, which leave nothing to rounding.
-    left = torch.arange(12.0).view(3, 4)
-    right, bias = torch.arange(20.0).view(4, 5), torch.arange(5.0)
+    # No public name: so whether it still does what it did is looked at, on small integers, which leave nothing to rounding.
+    numbers = torch.arange(32 * 48 + 48 * 64 + 64, dtype=torch.float32, device="cpu") % 13
+    left, right, bias = numbers[: 32 * 48].view(32, 48), numbers[32 * 48 : -64].view(48, 64), numbers[-64:]
     try:
         same = torch.equal(linear(left, right.T, bias), left @ right + bias)
     except (AttributeError, RuntimeError):
@@ -80,8 +89,10 @@ def _onednn() -> Product | None:
 
 def _processor() -> str:
     """What the system says of the processor, its maker included."""
-    about = Path("/proc/cpuinfo")
-    return about.read_text(errors="replace") if about.exists() else platform.processor()
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return platform.processor()
 
 
 def _chosen(sizes: Sequence[int], least: int, *tensors: Tensor) -> Product | None:
@@ -95,6 +106,11 @@ def _chosen(sizes: Sequence[int], least: int, *tensors: Tensor) -> Product | Non
     return _onednn()
 
 
+def _plain(matrix: Tensor) -> Tensor:
+    """A matrix whose rows or columns lie one after the other: oneDNN refuses windows that overlap."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
+
+
 class _Linear(torch.autograd.Function):
     """By oneDNN, as are its gradients, which have gradients in turn."""
 
@@ -103,7 +119,10 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight)
         multiply = _onednn()
         assert multiply is not None
-        return multiply(inputs, weight, bias)
+        missing = -len(inputs) % _STEP
+        padded = F.pad(inputs, (0, 0, 0, missing)) if missing else inputs
+        output = multiply(padded, _plain(weight), bias)
+        return output.resize_(len(inputs), len(weight)) if missing else output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

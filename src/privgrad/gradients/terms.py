@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from privgrad.gradients.contract import Fold, weighted_sum
-from privgrad.gradients.products import linear, products
+from privgrad.gradients.products import add_product, batched_product
 
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
@@ -178,7 +178,8 @@ class Outer:
     def dense(self) -> Tensor:
         units = self.joined()
         shape = (units.left.shape[2], units.right.shape[2])
-        return products(units.left.transpose(1, 2), units.right, units.left.new_empty(len(units.left), *shape))
+        out = units.left.new_empty(len(units.left), *shape)
+        return batched_product(units.left.transpose(1, 2), units.right, out)
 
     def joined(self) -> Outer:
         """The same, with one row for every unit."""
@@ -195,7 +196,9 @@ class Outer:
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         left, right = self.weighted(weights, dropped)
-        return linear(left.T, right.T)
+        total = left.new_zeros(left.shape[1], right.shape[1])
+        add_product(total, left.T, right)
+        return total
 
     def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [n, p] and right [n, d], of which the weighted sum is left^T right."""
@@ -231,7 +234,7 @@ class Outer:
         if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
             units = self.joined()
             buffer = take(len(units.left), torch.Size((rows, columns)), units.left)
-            return Rows(products(units.left.transpose(1, 2), units.right, buffer))
+            return Rows(batched_product(units.left.transpose(1, 2), units.right, buffer))
         return self
 
 

@@ -146,7 +146,7 @@ def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] |
     Tries it under some seeds; the caller keeps the generators. Nothing is said where shapes differ (padding), where the function
     draws random numbers of its own, or where records hold no tensor and no array.
 
-    Guarantee: the records are made up, with the first one's shapes: no value of a tensor or an array enters.
+    Guarantee: the records are made up, with the first one's shapes: no value of a tensor, an array or a number enters.
 
     Raises:
         RefusedError: another second record changes the first row.
@@ -167,12 +167,14 @@ def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] |
 
 
 def _made_up(leaf: Any) -> Any:
-    """Random numbers in the place of a tensor's or an array's; anything else as it is."""
+    """Random numbers in the place of a tensor's, an array's or a single one; anything else as it is."""
     if isinstance(leaf, Tensor):
         drawn = torch.randn(leaf.shape) if leaf.is_floating_point() else torch.randint(2, leaf.shape)
         return drawn.to(leaf.dtype)
     if isinstance(leaf, numpy.ndarray):
         return numpy.asarray(numpy.random.standard_normal(leaf.shape)).astype(leaf.dtype)
+    if isinstance(leaf, bool | int | float | numpy.number):
+        return type(leaf)(numpy.random.randint(2))
     return leaf
 
 
