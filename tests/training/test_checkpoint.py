@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from privgrad.errors import PrivgradError
+from privgrad.training import checkpoint
 from privgrad.training.checkpoint import load_tree, save_tree, save_weights
 
 
@@ -188,6 +189,21 @@ def stored(tmp_path: Path) -> Path:
     path = tmp_path / "tree"
     save_tree(path, {"weights": torch.randn(20), "numbers": {0: (1, 2.0, None, True)}})
     return path
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gives_the_old_tree(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`verify` looks at trainings that are under way: header and tensors have to be of one file."""
+    before, opened = load_tree(stored), checkpoint.safe_open
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        stream = opened(*args, **kwargs)
+        save_tree(stored, {"other": torch.full((5,), 7.0)})
+        return stream
+
+    monkeypatch.setattr(checkpoint, "safe_open", replaced)
+    assert equal(load_tree(stored), before)
 
 
 def test_a_missing_file_is_nothing_to_resume_from(tmp_path: Path) -> None:

@@ -40,18 +40,28 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return result
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] times right [k, n]. No gradient."""
+    multiply = _chosen((*left.shape, right.shape[1]), _LARGE, left, right)
+    whole = len(right) // _STEP * _STEP
+    if multiply is None or not whole:
+        return left @ right
+    result = multiply(left[:, :whole], _plain(right[:whole].T))
+    return result.addmm_(left[:, whole:], right[whole:]) if whole < len(right) else result
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left [m, k] times right [k, n] to `total` [m, n]. No gradient."""
-    multiply = _chosen((*left.shape, right.shape[1]), _LARGE, left, right, total)
-    whole = 0 if multiply is None else len(right) // _STEP * _STEP
-    if multiply is not None and whole:
-        total += multiply(left[:, :whole], _plain(right[:whole].T))
-    if whole < len(right):
-        total.addmm_(left[:, whole:], right[whole:])
+    if _chosen((*left.shape, right.shape[1]), _LARGE, left, right) is None:
+        total.addmm_(left, right)
+    else:
+        total += product(left, right)
 
 
-def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left [units, m, k] times right [units, k, n] into `out` [units, m, n], which is returned. No gradient."""
+def batched_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left [units, m, k] times right [units, k, n], into `out` [units, m, n] where it is given. No gradient."""
+    if out is None:
+        out = left.new_empty(*left.shape[:2], right.shape[2])
     multiply = _chosen((*left.shape[1:], right.shape[2]), _LARGE_EACH, left, right, out)
     count = right.shape[1]
     whole = count // _STEP * _STEP

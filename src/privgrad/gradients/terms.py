@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from privgrad.gradients.contract import Fold, weighted_sum
-from privgrad.gradients.products import add_product, batched_product
+from privgrad.gradients.products import batched_product, product
 
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
@@ -177,9 +177,7 @@ class Outer:
 
     def dense(self) -> Tensor:
         units = self.joined()
-        shape = (units.left.shape[2], units.right.shape[2])
-        out = units.left.new_empty(len(units.left), *shape)
-        return batched_product(units.left.transpose(1, 2), units.right, out)
+        return batched_product(units.left.transpose(1, 2), units.right)
 
     def joined(self) -> Outer:
         """The same, with one row for every unit."""
@@ -196,9 +194,7 @@ class Outer:
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         left, right = self.weighted(weights, dropped)
-        total = left.new_zeros(left.shape[1], right.shape[1])
-        add_product(total, left.T, right)
-        return total
+        return product(left.T, right)
 
     def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
         """left [n, p] and right [n, d], of which the weighted sum is left^T right."""

@@ -44,9 +44,10 @@ def load_tree(path: Path) -> Any:
         PrivgradError: a file in which anything was changed, or that is not there.
     """
     try:
+        # Opened once: a training that is under way may put a newer file in its place meanwhile.
         with safe_open(str(path), framework="pt") as stream:
             header = json.loads(stream.metadata()["tree"])
-        tensors = load_file(path)
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         if header["sha256"] != _digest(header["tree"], tensors):
             raise ValueError("its checksum does not fit its content")
         return _unflatten(json.loads(header["tree"]), tensors)
