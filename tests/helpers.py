@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 import privgrad as pg
 from privgrad.audit.step import Direction, linear_loss
-from privgrad.gradients.contract import Engine, Fold, LossFn, Tree
+from privgrad.gradients.contract import Engine, Fold, LossFn, Sums, Tree
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.plan import Plan
+from privgrad.mechanism.states import ClippedSum
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.privacy.ledger import Ledger
 
-__all__ = ["Direction", "full_batch_plan", "linear_loss", "loop_gradients", "rows", "runner"]
+__all__ = ["Direction", "as_vector", "full_batch_plan", "linear_loss", "loop_gradients", "rows", "runner"]
 
 
 def full_batch_plan(count: int, steps: int = 1, multiplier: float = 0.0, **stages: object) -> Plan:
@@ -38,6 +39,11 @@ def runner(
 ) -> StepRunner:
     """A step runner with an in-memory ledger."""
     return StepRunner(plan, model, loss_fn, engine or OnePassEngine(), Ledger(plan.terms()), public, reduce)
+
+
+def as_vector(sums: Sums | ClippedSum) -> Tensor:
+    """All slots of a sum side by side, copied."""
+    return torch.cat([value.flatten() for value in sums.values.values()])
 
 
 def rows(*inputs: Tensor) -> tuple[Tree, Fold]:

@@ -28,7 +28,7 @@ from tests.frame.toys import (
     ToyEmbedding,
     ToyGroups,
 )
-from tests.helpers import Direction, full_batch_plan, linear_loss, loop_gradients, rows, runner
+from tests.helpers import Direction, as_vector, full_batch_plan, linear_loss, loop_gradients, rows, runner
 
 
 def clipped(vectors: Tensor, norm: float) -> Tensor:
@@ -130,10 +130,10 @@ def test_public_forward_runs_inside_the_step_and_leaves_examples_independent() -
     step = runner(plan, model, loss, public=public)
     one, other = torch.randn(3, 3), torch.randn(3, 3)
     other[0] = one[0]
-    first = step.clipped_sum(*rows(one[:1])).flat.clone()
+    first = as_vector(step.clipped_sum(*rows(one[:1])))
     torch.testing.assert_close(model.center, model.first(public[0]).mean(0).detach())
-    whole = step.clipped_sum(*rows(other)).flat.clone()
-    rest = step.clipped_sum(*rows(other[1:])).flat
+    whole = as_vector(step.clipped_sum(*rows(other)))
+    rest = as_vector(step.clipped_sum(*rows(other[1:])))
     torch.testing.assert_close(whole - rest, first)
 
 
@@ -177,7 +177,7 @@ def test_separable_rule_is_called_inside_backward() -> None:
     hooked = runner(plan, model, loss, engine=engine).clipped_sum(*rows(*batch))
     reference = runner(plan, model, loss).clipped_sum(*rows(*batch))
     assert engine.calls == [(1,), (0,)], "the last layer's block is clipped first, while backward is under way"
-    torch.testing.assert_close(hooked.flat, reference.flat)
+    torch.testing.assert_close(as_vector(hooked), as_vector(reference))
     gradients = loop_gradients(model, loss, batch)
     for name, norm in (("0.weight", 0.3), ("2.weight", 0.2)):
         expected = clipped(gradients[name].flatten(1), norm).sum(0).view_as(gradients[name][0])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.contract import Engine, FlatSink, Fold, Identity, LossFn, Request, Tree, trainable
+from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Sums, Tree, trainable
 from tests.helpers import loop_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -79,7 +79,7 @@ def agrees(
     weights = 0.1 + torch.rand(fold.units, len(blocks), dtype=wide)
     rule = Recording(weights, separable=separable)
     shapes = {name: p.shape for name, p in trainable(model).items()}
-    sink = FlatSink(shapes, torch.device("cpu"), wide)
+    sink = Sums(shapes, torch.device("cpu"), wide)
     engine.accumulate(model, loss_fn, Request(batch, fold, Identity(shapes), blocks, rule, sink))
 
     limit = tolerance or TOLERANCE[dtype]
@@ -95,7 +95,7 @@ def agrees(
         for name in block:
             total = torch.einsum("u,u...->...", weights[:, column].double(), expected[name].double())
             scale = weights[:, column].double() @ expected[name].double().reshape(fold.units, -1).norm(dim=1)
-            error = (sink.views[name].double() - total).norm()
+            error = (sink.values[name].double() - total).norm()
             assert error <= limit * scale + 1e-12, f"{name}: error {error:.3g} of {scale:.3g}"
     assert all(parameter.grad is None for parameter in model.parameters())
     return rule

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import privgrad as pg
-from privgrad.gradients.contract import FlatSink, Fold, Identity, Request, trainable
+from privgrad.gradients.contract import Fold, Identity, Request, Sums, trainable
 from privgrad.gradients.grouped import MeanEngine
 from privgrad.gradients.streamed import StreamedEngine
 from tests.gradients.compare import Recording
+from tests.helpers import as_vector
 
 cross_entropy = pg.supervised(nn.functional.cross_entropy)
 
@@ -31,11 +32,11 @@ def run(
     blocks = [(name,) for name in shapes] if tensors else [tuple(shapes)]
     wide = next(model.parameters()).dtype
     rule = Recording(torch.linspace(0.3, 1.0, 3 * len(blocks), dtype=wide).view(3, -1), separable=tensors)
-    sink = FlatSink(shapes, torch.device("cpu"), wide)
+    sink = Sums(shapes, torch.device("cpu"), wide)
     targets = torch.arange(len(inputs)) % 3
     request = Request((inputs, targets), Fold(index, 6, scale), Identity(shapes), blocks, rule, sink)
     engine.accumulate(model, cross_entropy, request)
-    return sink.flat, rule
+    return as_vector(sink), rule
 
 
 def linear() -> nn.Module:
@@ -66,12 +67,12 @@ def test_the_mean_is_over_examples_however_many_views_they_have() -> None:
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
     sums = []
     for rows, scale in ((torch.arange(4), None), (twice, torch.full((8,), 0.5, dtype=torch.float64))):
-        sink = FlatSink(shapes, torch.device("cpu"), torch.float64)
+        sink = Sums(shapes, torch.device("cpu"), torch.float64)
         rule = Recording(torch.ones(3, 1, dtype=torch.float64))
         batch = (inputs[rows], rows % 3)
         request = Request(batch, Fold(index[rows], 6, scale), Identity(shapes), [tuple(shapes)], rule, sink)
         StreamedEngine(mean=True).accumulate(model, cross_entropy, request)
-        sums.append(sink.flat)
+        sums.append(as_vector(sink))
     torch.testing.assert_close(*sums)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import privgrad as pg
 from privgrad.gradients import collector
-from privgrad.gradients.contract import FlatSink, Fold, Identity, Need, Request, trainable
+from privgrad.gradients.contract import Fold, Identity, Need, Request, Sums, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.rules import per_row
 from privgrad.gradients.rules.convolution import Convolution
@@ -28,7 +28,7 @@ from privgrad.gradients.terms import Lookup, Outer
 from tests.gradients.compare import Recording, agrees
 from tests.gradients.networks import NETWORKS
 from tests.gradients.operators import CASES, Around, Sequence, squares
-from tests.helpers import full_batch_plan, loop_gradients, rows, runner
+from tests.helpers import as_vector, full_batch_plan, loop_gradients, rows, runner
 
 cross_entropy = pg.supervised(F.cross_entropy)
 
@@ -235,8 +235,8 @@ def test_a_non_finite_gradient_contributes_exactly_zero(name: str, poison: float
         return squares(model, batch) * (1 + batch[0].flatten(1).square().sum(1))
 
     step = runner(full_batch_plan(6), model, huge, engine=OnePassEngine())
-    with_poison = step.clipped_sum(*rows(poisoned)).flat.clone()
-    without = step.clipped_sum(*rows(inputs[keep])).flat
+    with_poison = as_vector(step.clipped_sum(*rows(poisoned)))
+    without = as_vector(step.clipped_sum(*rows(inputs[keep])))
     assert with_poison.isfinite().all()
     torch.testing.assert_close(with_poison, without, rtol=1e-4, atol=1e-6)
 
@@ -291,9 +291,9 @@ def test_the_norm_of_a_product_does_not_leave_the_range_of_floats() -> None:
 
 def accumulate(
     engine: OnePassEngine, model: nn.Module, loss_fn: Any, batch: tuple[Tensor, ...], rule: Recording
-) -> FlatSink:
+) -> Sums:
     shapes = {name: p.shape for name, p in trainable(model).items()}
-    sink = FlatSink(shapes, torch.device("cpu"), torch.float32)
+    sink = Sums(shapes, torch.device("cpu"), torch.float32)
     blocks = [tuple(shapes)] if rule.weights.shape[1] == 1 else [(name,) for name in shapes]
     engine.accumulate(
         model, loss_fn, Request(batch, Fold.identity(len(batch[0])), Identity(shapes), blocks, rule, sink)
@@ -348,7 +348,7 @@ def test_dropout_draws_for_every_row_and_norms_are_of_what_is_summed() -> None:
         torch.manual_seed(1)
         rule = Recording(torch.eye(6)[:, unit : unit + 1])
         sink = accumulate(engine, model, cross_entropy, batch, rule)
-        torch.testing.assert_close(sink.flat.norm(), rule.norms[unit, 0])
+        torch.testing.assert_close(as_vector(sink).norm(), rule.norms[unit, 0])
         norms.append(float(rule.norms[unit, 0]))
     assert len(set(norms)) > 1, "equal rows have different masks"
 
@@ -359,7 +359,7 @@ def test_looking_at_sizes_does_not_move_the_generator() -> None:
     engine, sums = OnePassEngine(), []
     for _ in range(2):
         torch.manual_seed(1)
-        sums.append(accumulate(engine, model, cross_entropy, batch, Recording(torch.ones(6, 1))).flat.clone())
+        sums.append(as_vector(accumulate(engine, model, cross_entropy, batch, Recording(torch.ones(6, 1)))))
     assert torch.equal(*sums)
 
 
@@ -416,7 +416,7 @@ def test_a_loss_of_no_parameter_at_all() -> None:
         OnePassEngine(), Around(lambda m, x: x, idle=nn.Linear(6, 3)), squares, (torch.randn(5, 6),), rule
     )
     assert (rule.norms == 0).all()
-    assert (sink.flat == 0).all()
+    assert (as_vector(sink) == 0).all()
 
 
 # Encodings.
@@ -456,12 +456,12 @@ def test_encodings_get_the_coordinates_that_they_ask_for(wanted: set[str], separ
     vectors = encoding.encode(loop_gradients(model, squares, batch))
     weights = torch.rand(5, len(vectors), dtype=torch.float64)
     rule = Recording(weights, separable=separable)
-    sink = FlatSink(encoding.slots(), torch.device("cpu"), torch.float64)
+    sink = Sums(encoding.slots(), torch.device("cpu"), torch.float64)
     blocks = [(slot,) for slot in vectors]
     OnePassEngine().accumulate(model, squares, Request(batch, Fold.identity(5), encoding, blocks, rule, sink))
     for column, (slot, vector) in enumerate(vectors.items()):
         torch.testing.assert_close(rule.norms[:, column], vector.flatten(1).norm(dim=1))
-        torch.testing.assert_close(sink.views[slot], torch.einsum("u,u...->...", weights[:, column], vector))
+        torch.testing.assert_close(sink.values[slot], torch.einsum("u,u...->...", weights[:, column], vector))
 
 
 # Operators of one's own, and what is not covered.

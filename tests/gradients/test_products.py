@@ -68,11 +68,13 @@ def test_products_are_right(layout: str, calls: list[int]) -> None:
     products.add_product(total, left, right)
     assert near(total, expected)
     assert near(products.product(left, right), left.double() @ right.double())
+    few = matrix(70, 3)
+    assert near(products.product(left, few), left.double() @ few.double())
     units = matrix(5, 40, 70), matrix(5, 70, 30)
     out = torch.empty(5, 40, 30)
     assert products.batched_product(*units, out) is out
     assert near(out, torch.bmm(units[0].double(), units[1].double()))
-    assert len(calls) == 7
+    assert len(calls) == 8
 
 
 def test_biases_that_do_not_lie_side_by_side_are_read_as_they_are(calls: list[int]) -> None:

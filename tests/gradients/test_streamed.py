@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import privgrad as pg
-from privgrad.gradients.contract import FlatSink, Fold, Identity, Request, trainable
+from privgrad.gradients.contract import Fold, Identity, Request, Sums, trainable
 from privgrad.gradients.streamed import StreamedEngine
 from tests.gradients.compare import Recording, agrees
 from tests.gradients.operators import CASES, squares
+from tests.helpers import as_vector
 
 cross_entropy = pg.supervised(F.cross_entropy)
 
@@ -52,9 +53,9 @@ def accumulate(
 ) -> tuple[Tensor, Recording]:
     shapes = {name: p.shape for name, p in trainable(model).items()}
     wide = next(model.parameters()).dtype
-    sink, rule = FlatSink(shapes, torch.device("cpu"), wide), Recording(torch.ones(fold.units, 1, dtype=wide))
+    sink, rule = Sums(shapes, torch.device("cpu"), wide), Recording(torch.ones(fold.units, 1, dtype=wide))
     engine.accumulate(model, loss_fn, Request(batch, fold, Identity(shapes), [tuple(shapes)], rule, sink))  # type: ignore[arg-type]
-    return sink.flat, rule
+    return as_vector(sink), rule
 
 
 def norm_net() -> nn.Module:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import privgrad as pg
-from privgrad.gradients.contract import FlatSink, Fold, Identity, LossFn, Request, trainable
+from privgrad.gradients.contract import Fold, Identity, LossFn, Request, Sums, trainable
 from privgrad.gradients.memory import budget, rows_within
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.nn.models import LeNet5
-from tests.helpers import Direction, full_batch_plan, linear_loss, loop_gradients, rows, runner
+from tests.helpers import Direction, as_vector, full_batch_plan, linear_loss, loop_gradients, rows, runner
 
 cross_entropy = pg.supervised(F.cross_entropy)
 
@@ -38,10 +38,10 @@ class Recording:
         return chosen.to(norms)
 
 
-def accumulate(model: nn.Module, batch: tuple[Tensor, ...], rule: Recording) -> FlatSink:
+def accumulate(model: nn.Module, batch: tuple[Tensor, ...], rule: Recording) -> Sums:
     shapes = {name: p.shape for name, p in trainable(model).items()}
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    sink = FlatSink(shapes, torch.device("cpu"), dtype)
+    sink = Sums(shapes, torch.device("cpu"), dtype)
     blocks = [(name,) for name in shapes]
     request = Request(batch, Fold.identity(len(batch[0])), Identity(shapes), blocks, rule, sink)
     VmapEngine(memory=1).accumulate(model, cross_entropy, request)
@@ -105,7 +105,7 @@ def test_agrees_with_a_loop(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.cat(rule.norms), expected_norms, **tolerance)
     for column, (parameter, gradient) in enumerate(reference.items()):
         expected = torch.einsum("u,u...->...", weights[:, column], gradient)
-        torch.testing.assert_close(sink.views[parameter], expected, **tolerance)
+        torch.testing.assert_close(sink.values[parameter], expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -119,7 +119,7 @@ def test_flat_clipping_takes_the_norm_over_all_tensors_together(name: str) -> No
     limit = float(norms.median())
     plan = full_batch_plan(7, clipping=pg.FlatClipping(max_norm=limit))
     sums = runner(plan, model, cross_entropy, engine=VmapEngine()).clipped_sum(*rows(*batch))
-    torch.testing.assert_close(sums.flat, (flat * (limit / norms).clamp(max=1)).sum(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(as_vector(sums), (flat * (limit / norms).clamp(max=1)).sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_tied_weights_count_once_with_their_whole_gradient() -> None:
@@ -150,7 +150,7 @@ def test_chunks_and_folds_change_nothing(rows_per_chunk: int, data: st.DataObjec
     engine = VmapEngine()
     engine._rows_per_chunk = rows_per_chunk
     shapes = {name: p.shape for name, p in trainable(model).items()}
-    sink = FlatSink(shapes, torch.device("cpu"), torch.float32)
+    sink = Sums(shapes, torch.device("cpu"), torch.float32)
     weights = torch.rand(units, 1)
     request = Request(batch, Fold(index, units, scale), Identity(shapes), [tuple(shapes)], Recording(weights), sink)
     engine.accumulate(model, cross_entropy, request)
@@ -158,7 +158,7 @@ def test_chunks_and_folds_change_nothing(rows_per_chunk: int, data: st.DataObjec
         scaled = gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
         folded = torch.zeros(units, *gradient.shape[1:]).index_add_(0, index, scaled)
         torch.testing.assert_close(
-            sink.views[name], torch.einsum("u,u...->...", weights[:, 0], folded), rtol=1e-4, atol=1e-6
+            sink.values[name], torch.einsum("u,u...->...", weights[:, 0], folded), rtol=1e-4, atol=1e-6
         )
 
 
@@ -171,8 +171,8 @@ def test_a_non_finite_gradient_contributes_exactly_zero(poison: float) -> None:
     poisoned[2] = poison
     keep = torch.tensor([0, 1, 3, 4, 5])
     step = runner(full_batch_plan(6), model, cross_entropy, engine=VmapEngine())
-    with_poison = step.clipped_sum(*rows(poisoned, targets)).flat.clone()
-    without = step.clipped_sum(*rows(inputs[keep], targets[keep])).flat
+    with_poison = as_vector(step.clipped_sum(*rows(poisoned, targets)))
+    without = as_vector(step.clipped_sum(*rows(inputs[keep], targets[keep])))
     assert with_poison.isfinite().all()
     torch.testing.assert_close(with_poison, without)
 
@@ -182,8 +182,8 @@ def test_low_precision_models_accumulate_in_float32() -> None:
     inputs = torch.full((4000, 4), 0.005, dtype=torch.bfloat16)
     step = runner(full_batch_plan(4000), Direction(4).to(torch.bfloat16), linear_loss, engine=VmapEngine())
     sums = step.clipped_sum(*rows(inputs))
-    assert sums.flat.dtype == torch.float32
-    torch.testing.assert_close(sums.flat, inputs.float().sum(0), rtol=1e-5, atol=0)
+    assert as_vector(sums).dtype == torch.float32
+    torch.testing.assert_close(as_vector(sums), inputs.float().sum(0), rtol=1e-5, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -194,7 +194,7 @@ def test_recurrent_nets_agree_or_are_refused_in_words() -> None:
     reference = loop_gradients(model, cross_entropy, batch)
     sink = accumulate(model, batch, Recording())
     for name, gradient in reference.items():
-        torch.testing.assert_close(sink.views[name], gradient.sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sink.values[name], gradient.sum(0), rtol=1e-4, atol=1e-5)
     with pytest.raises(pg.PrivgradError, match="vmap engine"):
         accumulate(model.double(), (batch[0].double(), batch[1]), Recording())
 

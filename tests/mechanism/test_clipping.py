@@ -17,7 +17,7 @@ from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.precision import check_precision, exact_convolutions
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
-from tests.helpers import full_batch_plan, runner
+from tests.helpers import as_vector, full_batch_plan, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 
@@ -83,8 +83,8 @@ def test_coordinates_are_cut_after_the_norm(p: float, grouped: bool, engine: Eng
             vector = (flat * (0.5 / flat.norm()).clamp(max=1.0)).clamp(-0.5 / math.sqrt(p), 0.5 / math.sqrt(p))
             assert vector.norm() <= 0.5 * (1 + 1e-6)
             expected = expected + vector
-    assert torch.allclose(found.flat, expected, atol=1e-6)
-    assert found.flat.abs().max() <= fold.units * clipping.max_coordinate * (1 + 1e-6)
+    assert torch.allclose(as_vector(found), expected, atol=1e-6)
+    assert as_vector(found).abs().max() <= fold.units * clipping.max_coordinate * (1 + 1e-6)
 
 
 def test_a_step_inside_autocast_is_refused_and_charges_nothing() -> None:
@@ -176,4 +176,4 @@ def test_autocast_inside_the_loss_leaves_sums_in_full_precision() -> None:
             for first in (0, 1)
         )
         # (Rows that change place in a batch of another size may round otherwise in bfloat16: a hundredth.)
-        assert float((more.flat - less.flat).norm()) < 1.05, engine
+        assert float((as_vector(more) - as_vector(less)).norm()) < 1.05, engine

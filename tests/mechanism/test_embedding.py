@@ -26,7 +26,7 @@ from privgrad.mechanism.noise import ALLOCATIONS
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.events import MixedGaussianDpEvent
 from privgrad.privacy.sensitivity import joint_multiplier
-from tests.helpers import full_batch_plan, loop_gradients, rows, runner
+from tests.helpers import as_vector, full_batch_plan, loop_gradients, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 TWO = {"embedding": ["embedding.*"], "residual": ["residual.*"]}
@@ -430,7 +430,7 @@ def test_the_bounds_of_joined_units_rest_on_no_basis(
     step = runner(plan, model, lambda m, batch: size * m(batch[0]).square().sum(1), public=(torch.randn(9, 6),))
     step.states = {**step.states, "compression": {"gradient": stretched * torch.randn(2, 21)}}
     step.refresh = lambda: None  # type: ignore[method-assign]
-    found = step.clipped_sum((torch.randn(1, 6),), Fold.identity(1)).flat
+    found = as_vector(step.clipped_sum((torch.randn(1, 6),), Fold.identity(1)))
     radius = math.hypot(embedding, residual)
     assert float(found.norm()) <= radius * (1 + 1e-6)
     assert float(found.abs().max()) <= radius / math.sqrt(p) * (1 + 1e-6)

@@ -11,7 +11,7 @@ import privgrad as pg
 from privgrad.gradients.contract import Fold
 from privgrad.mechanism.groups import RandomGroups
 from privgrad.mechanism.randomness import source
-from tests.helpers import full_batch_plan, loop_gradients, rows, runner
+from tests.helpers import as_vector, full_batch_plan, loop_gradients, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 
@@ -45,7 +45,7 @@ def test_groups_of_one_example_are_individual_clipping() -> None:
     batch = images(6)
     grouped = runner(full_batch_plan(6, groups=fixed(*range(6))), model, LOSS).clipped_sum(*rows(*batch))
     alone = runner(full_batch_plan(6), model, LOSS).clipped_sum(*rows(*batch))
-    torch.testing.assert_close(grouped.flat, alone.flat, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(as_vector(grouped), as_vector(alone), rtol=1e-6, atol=1e-6)
 
 
 def test_one_group_is_the_clipped_gradient_of_the_batch() -> None:
@@ -66,14 +66,14 @@ def test_a_group_does_not_see_the_others() -> None:
     before = {name: value.clone() for name, value in model.named_buffers()}
     inputs, labels = images(8)
     chosen = fixed(0, 1, 0, 1, 0, 1, 0, 1)
-    both = runner(full_batch_plan(8, groups=chosen), model, LOSS).clipped_sum(*rows(inputs, labels)).flat.clone()
+    both = as_vector(runner(full_batch_plan(8, groups=chosen), model, LOSS).clipped_sum(*rows(inputs, labels)))
     first = runner(full_batch_plan(4, groups=fixed(0, 0, 0, 0)), model, LOSS).clipped_sum(
         *rows(inputs[::2], labels[::2])
     )
     second = runner(full_batch_plan(4, groups=fixed(0, 0, 0, 0)), model, LOSS).clipped_sum(
         *rows(inputs[1::2], labels[1::2])
     )
-    torch.testing.assert_close(both, first.flat + second.flat)
+    torch.testing.assert_close(both, as_vector(first) + as_vector(second))
     for name, value in model.named_buffers():
         assert torch.equal(value, before[name]), name
 
@@ -82,15 +82,15 @@ def test_a_group_of_one_does_not_crash_batch_norm() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     batch = (torch.randn(3, 4), torch.randint(3, (3,)))
     sums = runner(full_batch_plan(3, groups=fixed(0, 1, 1)), model, LOSS).clipped_sum(*rows(*batch))
-    assert sums.flat.isfinite().all()
-    assert sums.flat.abs().sum() > 0
+    assert as_vector(sums).isfinite().all()
+    assert as_vector(sums).abs().sum() > 0
 
 
 def test_empty_groups_and_an_empty_batch_contribute_nothing() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
     inputs, labels = images(2)
     sums = runner(full_batch_plan(50, groups=RandomGroups(40)), model, LOSS).clipped_sum(*rows(inputs, labels))
-    assert 0 < float(sums.flat.norm()) <= 2.0 + 1e-6
+    assert 0 < float(as_vector(sums).norm()) <= 2.0 + 1e-6
     step = runner(full_batch_plan(50, groups=RandomGroups(40)), model, LOSS)
     assert step.release(None, Fold.identity(0)).divisor == 40.0
 

@@ -18,7 +18,7 @@ from privgrad.mechanism.layerwise import split
 from privgrad.mechanism.noise import ALLOCATIONS
 from privgrad.mechanism.plan import Plan
 from privgrad.privacy.sensitivity import joint_multiplier
-from tests.helpers import Direction, full_batch_plan, linear_loss, loop_gradients, rows, runner
+from tests.helpers import Direction, as_vector, full_batch_plan, linear_loss, loop_gradients, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 SLOTS = ["conv1.weight", "conv1.bias", "norm.weight", "fc.weight", "fc.bias"]
@@ -170,7 +170,7 @@ def test_a_contribution_whose_norm_is_lost_is_bounded_by_automatic_clipping_too(
         pg.AutomaticClipping(stability=1e-13)
     plan = full_batch_plan(1, clipping=pg.AutomaticClipping(stability=1e-12))
     tiny = torch.full((1, 3), 1e-24)
-    assert float(runner(plan, Direction(3), linear_loss).clipped_sum(*rows(tiny)).flat.norm()) <= 1.0
+    assert float(as_vector(runner(plan, Direction(3), linear_loss).clipped_sum(*rows(tiny))).norm()) <= 1.0
 
 
 def test_public_thresholds_follow_the_norms_of_public_data() -> None:

@@ -23,7 +23,7 @@ from privgrad.mechanism.states import ClippedSum, Consumer
 from privgrad.mechanism.step import StepRunner
 from privgrad.nn import PrivateBatchNorm, convert
 from privgrad.privacy.accounting import Precision
-from tests.helpers import full_batch_plan, rows, runner
+from tests.helpers import as_vector, full_batch_plan, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 SLOT = "statistics/side"
@@ -106,7 +106,7 @@ def test_a_records_gradient_does_not_move_with_the_others(release: bool) -> None
     first, others, more = images(1), images(4, 2), (100 * images(4, 3)[0], images(4, 3)[1])
 
     def summed(*batches: tuple[Tensor, Tensor]) -> Tensor:
-        return step.clipped_sum(*rows(*(torch.cat(leaves) for leaves in zip(*batches, strict=True)))).flat.clone()
+        return as_vector(step.clipped_sum(*rows(*(torch.cat(leaves) for leaves in zip(*batches, strict=True)))))
 
     alone = summed(first)
     torch.testing.assert_close(summed(first, others) - summed(others), alone, rtol=1e-4, atol=1e-4)

@@ -474,7 +474,8 @@ MUTANTS = (
         "a normaliser by the realised batch",
         "mechanism/step.py",
         "        sums = self.clipped_sum(batch, fold)\n",
-        "        sums = self.clipped_sum(batch, fold)\n        sums.flat.mul_(self.plan.divisor / max(1, fold.units))\n",
+        "        sums = self.clipped_sum(batch, fold)\n"
+        "        [value.mul_(self.plan.divisor / max(1, fold.units)) for value in sums.values.values()]\n",
         (FRAME,),
     ),
     Mutant(
@@ -694,7 +695,7 @@ MUTANTS = (
         "mechanism/private_statistics.py",
         "                add_weighted(Request(None, units, Identity({}), [(slot,)], rule, sink), {slot: moments * scale})",
         "                add_weighted(Request(None, units, Identity({}), [(slot,)], rule, sink), {slot: moments * scale})\n"
-        "        sink.views[slot] /= max(1, len(fold.index))",
+        "        sink.values[slot] /= max(1, len(fold.index))",
         (f"{STATISTICS}::test_the_divisor_is_the_constant_never_the_realised_size",),
     ),
     Mutant(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import privgrad as pg
-from privgrad.gradients.contract import Engine, FlatSink, Fold, Identity, Request, trainable
+from privgrad.gradients.contract import Engine, Fold, Identity, Request, Sums, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.nn.convert import NORMALIZATIONS, convert
 from privgrad.nn.models import build_model
-from tests.helpers import full_batch_plan, rows, runner
+from tests.helpers import as_vector, full_batch_plan, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 BY_ITSELF = [*sorted(set(NORMALIZATIONS) - {"batch", "test_batch"}), "frozen"]
@@ -57,10 +57,10 @@ class FirstOnly:
 
 def first_gradient(model: nn.Module, engine: Engine, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
-    sink, rule = FlatSink(shapes, torch.device("cpu"), torch.float32), FirstOnly()
+    sink, rule = Sums(shapes, torch.device("cpu"), torch.float32), FirstOnly()
     fold = Fold.identity(len(batch[0]))
     engine.accumulate(model, LOSS, Request(batch, fold, Identity(shapes), [tuple(shapes)], rule, sink))
-    return sink.flat, rule.norm
+    return as_vector(sink), rule.norm
 
 
 @pytest.mark.parametrize("normalization", BY_ITSELF)

@@ -40,7 +40,11 @@ class UnaccountedNoise(Stage):
 
     def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
         (part,) = sums.parts
-        sums.flat.add_(source.at(receipt.step).normal_(torch.empty_like(sums.flat)), alpha=NOISE * sums.distance(part))
+        drawn = source.at(receipt.step)
+        for value in sums.values.values():
+            value.add_(
+                drawn.normal_(torch.empty_like(value).flatten()).view_as(value), alpha=NOISE * sums.distance(part)
+            )
         return NoisedSum(sums, {part.name: 0.0}, receipt)
 
     words: ClassVar[str] = "noise as in the published scripts of ModelMix, for which nothing is claimed"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.products import add_product
+from privgrad.gradients.products import add_product, product
 
 Tree = Any
 """Any nesting of tuples, lists and dicts of tensors, each with the row as its first dimension."""
@@ -129,7 +129,7 @@ class Sink(Protocol):
     """Where weighted sums go."""
 
     def add(self, slot: str, value: Tensor) -> None:
-        """Add `value` (the slot's shape) to the slot's sum."""
+        """Add `value` (the slot's shape) to the slot's sum. The tensor is the sink's from then on."""
         ...
 
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
@@ -195,26 +195,42 @@ def one_per_row(losses: Any, rows: int) -> Tensor:
     return losses
 
 
-class FlatSink:
-    """One float32 (or wider) buffer for all slots, with a view per slot: noise can be added in a single pass."""
+class Sums:
+    """A sum for each slot, in float32 or wider, that comes to exist with the first thing that is added to it.
+
+    Memory then grows only as the backward pass goes down and lets go of what the forward pass saved. A slot to which nothing was
+    added is zero.
+    """
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype) -> None:
-        total = sum(shape.numel() for shape in shapes.values())
-        self.flat = torch.zeros(total, device=device, dtype=dtype)
-        self.views: dict[str, Tensor] = {}
-        start = 0
-        for slot, shape in shapes.items():
-            self.views[slot] = self.flat[start : start + shape.numel()].view(shape)
-            start += shape.numel()
+        self._shapes = shapes
+        self._device, self._dtype = device, dtype
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, slot: str, value: Tensor) -> None:
-        """Add to a slot's view."""
-        self.views[slot] += value
+        """See `Sink.add`."""
+        if slot in self._sums:
+            self._sums[slot] += value
+            return
+        shared = value._base is not None or value.requires_grad
+        first = value.to(self._dtype, copy=shared, memory_format=torch.contiguous_format)
+        self._sums[slot] = first.view(self._shapes[slot])
 
     def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, of as many numbers as the slot has, to its view."""
-        view = self.views[slot].view(left.shape[1], right.shape[1])
-        add_product(view, left.T.to(self.flat.dtype), right.to(self.flat.dtype))
+        """See `Sink.add_product`."""
+        left, right = left.to(self._dtype), right.to(self._dtype)
+        if slot in self._sums:
+            add_product(self._sums[slot].view(left.shape[1], right.shape[1]), left.T, right)
+        else:
+            self._sums[slot] = product(left.T, right).view(self._shapes[slot])
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """{slot: its sum}, in the slots' order: the tensors themselves."""
+        for slot, shape in self._shapes.items():
+            if slot not in self._sums:
+                self._sums[slot] = torch.zeros(shape, device=self._device, dtype=self._dtype)
+        return {slot: self._sums[slot] for slot in self._shapes}
 
 
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:

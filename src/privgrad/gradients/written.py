@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from privgrad.gradients.contract import (
     Engine,
-    FlatSink,
     Fold,
     LossFn,
     Need,
     Request,
+    Sums,
     Tree,
     accumulation_dtype,
     trainable,
@@ -27,7 +27,7 @@ def unit_gradients(engine: Engine, model: nn.Module, loss_fn: LossFn, batch: Tre
     """
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
     device = next(model.parameters()).device
-    sink = FlatSink(shapes, device, accumulation_dtype(model))
+    sink = Sums(shapes, device, accumulation_dtype(model))
     written = _Written(shapes)
     engine.accumulate(model, loss_fn, Request(batch, fold, written, [tuple(shapes)], written, sink))
     return {name: torch.cat([part[name] for part in written.found]) for name in shapes}

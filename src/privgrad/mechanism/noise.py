@@ -93,7 +93,8 @@ class GaussianNoise(Stage):
         """Add the noise in place, a stretch at a time: it is never held as a whole."""
         scales = self.scales(sums)
         drawn = source.at(receipt.step)
-        buffer = sums.flat.new_empty(min(_STRETCH, sums.flat.numel()))
+        longest = max(sums.values.values(), key=lambda value: value.numel())
+        buffer = longest.new_empty(min(_STRETCH, longest.numel()))
         by_slot = {slot: scales[part.name] for part in sums.parts for slot in part.slots}
         for slot, value in sums.values.items():
             flat = value.view(-1)

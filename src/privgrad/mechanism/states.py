@@ -39,11 +39,10 @@ class Part:
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """PRIVATE. The sum over units of bounded contributions. flat is the buffer under all `values`."""
+    """PRIVATE. The sum over units of bounded contributions, by slot."""
 
     parts: Sequence[Part]
     values: Mapping[str, Tensor]
-    flat: Tensor
     grouped: bool
 
     def distance(self, part: Part) -> float:

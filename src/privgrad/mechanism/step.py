@@ -20,12 +20,12 @@ from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import (
     Encoding,
     Engine,
-    FlatSink,
     Fold,
     Identity,
     Joined,
     LossFn,
     Request,
+    Sums,
     Tree,
     accumulation_dtype,
     trainable,
@@ -49,7 +49,7 @@ _SIDE_SLOT = "thresholds/side"
 _STATISTICS_SLOT = "statistics/side"
 
 Reduce = Callable[[Tensor], None]
-"""Sums a flat buffer over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
+"""Sums a tensor over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
 
 Only without noise, until the workers of a step share its noise and its sample."""
 
@@ -127,7 +127,8 @@ class StepRunner:
             )
         sums = self.clipped_sum(batch, fold)
         if self.reduce is not None:
-            self.reduce(sums.flat)
+            for value in sums.values.values():
+                self.reduce(value)
         receipt = self.ledger.charge(self.plan.step_event(self.ledger.count + 1))
         noised = self.plan.noise.add(sums, receipt, self._noise)
         self._check(noised)
@@ -175,10 +176,10 @@ class StepRunner:
             parts.append(Part(_STATISTICS_SLOT, (_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS))
             slots[_STATISTICS_SLOT] = torch.Size([measured])
 
-        sink = FlatSink(slots, device, accumulation_dtype(self.model))
+        sink = Sums(slots, device, accumulation_dtype(self.model))
         side = None
         if plan.thresholds is not None and side_bound is not None:
-            side = (plan.thresholds, self.states["thresholds"], sink.views[_SIDE_SLOT])
+            side = (plan.thresholds, self.states["thresholds"], sink.values[_SIDE_SLOT])
         watch = ClippingWatch() if plan.disclose else None
         rule = ClippingRule(plan.clipping, thresholds, side, watch)
         request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps, joined)
@@ -189,7 +190,7 @@ class StepRunner:
                 charged.add_side(state, self.model, self.loss_fn, batch, fold, sink, _STATISTICS_SLOT, grouped=grouped)
         self._encoding = encoding if joined is None else Identity(self._shapes)
         self._watch = watch
-        return ClippedSum(parts, sink.views, sink.flat, grouped)
+        return ClippedSum(parts, sink.values, grouped)
 
     def refresh(self) -> None:
         """Let every stage look at what is public before the step."""
@@ -234,7 +235,7 @@ class StepRunner:
         slots = dict(encoding.slots())
         blocks = [block.slots for block in self.plan.clipping.partition(slots)]
         found = NormsOnly()
-        sink = FlatSink(slots, next(iter(self._parameters.values())).device, accumulation_dtype(self.model))
+        sink = Sums(slots, next(iter(self._parameters.values())).device, accumulation_dtype(self.model))
         with _refusing_public_rows():
             self.engine.accumulate(self.model, self.loss_fn, Request(rows, fold, encoding, blocks, found, sink))
         return torch.cat(found.norms)

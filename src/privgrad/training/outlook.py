@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import (
     Engine,
-    FlatSink,
     Fold,
     Identity,
     LossFn,
     Request,
+    Sums,
     Tree,
     accumulation_dtype,
     trainable,
@@ -255,7 +255,7 @@ def _norms(plan: Plan, model: nn.Module, loss_fn: LossFn, public: Tree, engine: 
         fold = Fold(torch.randint(sized.groups.count, (rows,), generator=generator), sized.groups.count)
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
     found = NormsOnly()
-    sink = FlatSink(shapes, next(model.parameters()).device, accumulation_dtype(model))
+    sink = Sums(shapes, next(model.parameters()).device, accumulation_dtype(model))
     engine.accumulate(model, loss_fn, Request(public, fold, Identity(shapes), [tuple(shapes)], found, sink))
     norms = torch.cat(found.norms).flatten().double()
     norms = norms[norms.isfinite()]
