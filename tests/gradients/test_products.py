@@ -63,18 +63,21 @@ def test_products_are_right(layout: str, calls: list[int]) -> None:
             return torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
         return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if layout == "strided" else torch.randn(*shape)
 
-    left, right, total = matrix(300, 70), matrix(70, 90), torch.randn(300, 90)
-    expected = total.double() + left.double() @ right.double()
-    products.add_product(total, left, right)
+    left, weights, right, total = matrix(70, 300), torch.rand(70), matrix(70, 90), torch.randn(300, 90)
+    before = left.clone(), right.clone()
+    for other in (right, right[:, :3], matrix(70, 400)):
+        expected = left.double().T @ (weights.double()[:, None] * other.double())
+        assert near(products.weighted_product(left, weights, other), expected)
+    expected = total.double() + left.double().T @ (weights.double()[:, None] * right.double())
+    assert products.weighted_product(left, weights, right, total) is total
     assert near(total, expected)
-    assert near(products.product(left, right), left.double() @ right.double())
-    few = matrix(70, 3)
-    assert near(products.product(left, few), left.double() @ few.double())
+    assert torch.equal(left, before[0])
+    assert torch.equal(right, before[1])
     units = matrix(5, 40, 70), matrix(5, 70, 30)
     out = torch.empty(5, 40, 30)
     assert products.batched_product(*units, out) is out
     assert near(out, torch.bmm(units[0].double(), units[1].double()))
-    assert len(calls) == 8
+    assert len(calls) == 9
 
 
 def test_biases_that_do_not_lie_side_by_side_are_read_as_they_are(calls: list[int]) -> None:
@@ -89,7 +92,7 @@ def test_biases_that_do_not_lie_side_by_side_are_read_as_they_are(calls: list[in
 def test_windows_that_overlap_are_multiplied(calls: list[int]) -> None:
     windows, other = torch.randn(100).unfold(0, 16, 2), torch.randn(43, 20)
     total = torch.zeros(20, 16)
-    products.add_product(total, other.T, windows)
+    assert products.weighted_product(other, torch.ones(43), windows, total) is total
     assert near(total, other.T.double() @ windows.double())
     out = torch.empty(1, 20, 16)
     assert near(products.batched_product(other.T[None], windows[None], out)[0], other.T.double() @ windows.double())
@@ -115,7 +118,7 @@ def test_batches_of_many_sizes_are_few_shapes(monkeypatch: pytest.MonkeyPatch) -
         output = products.linear(inputs, layer.weight.detach(), layer.bias.detach())
         assert output.shape == (count, 24)
         torch.autograd.backward(output.square().sum())
-        products.add_product(torch.zeros(16, 24), inputs.detach().T, output.detach())
+        products.weighted_product(inputs.detach(), torch.ones(count), output.detach())
     assert shapes == {(64, 16), (64, 24), (96, 16), (96, 24), (16, 32), (16, 64), (16, 96)}
 
 

@@ -207,6 +207,7 @@ class _Catch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.arrived(gradient, *ctx.saved_tensors)
+        ctx.arrived = None  # it knows the inputs, and the graph lives longer than they need to
         return (None, gradient, None, *(None for _ in ctx.saved_tensors))
 
 
@@ -222,4 +223,5 @@ class _Copies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         ctx.arrived(gradient)
+        ctx.arrived = None
         return None, None, None

@@ -12,8 +12,8 @@ from privgrad.gradients.contract import Identity, Need, Request, add_weighted, m
 from privgrad.gradients.memory import Workspace
 from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, size, wide
 
-_SMALL = 8192
-"""Gradients of so many numbers at most are handled together with the others of their block."""
+_SMALL = 2**19
+"""Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""
 
 TOGETHER = 16 * 2**20
 """Complete blocks wait for one another until they hold so many bytes: the rule costs as much for one as for ten."""
@@ -106,7 +106,8 @@ class Collector:
             if self.parameters[name].terms:
                 self._complete(self.parameters[name])
         self._encode()
-        self._settle(list(self._open))
+        # In the order in which they became complete: each is then let go of as soon as no other needs its inputs.
+        self._settle([*self._ready, *(column for column in self._open if column not in self._ready)])
 
     def _cut(self, weight: Weight, term: Term) -> Term:
         """What the encoding wants of a parameter's term."""
@@ -133,7 +134,7 @@ class Collector:
         if isinstance(total, Rows):
             self._kept += total.gradient.nbytes
             self.most = max(self.most, self._kept)
-            if total.gradient[0].numel() <= _SMALL:
+            if total.gradient.nbytes <= _SMALL:
                 return  # its norm is taken together with the block's other small ones
         self._squares[:, column] += total.squares()
 
@@ -219,7 +220,7 @@ class Collector:
         small = {
             slot: total.gradient
             for slot, total in totals.items()
-            if isinstance(total, Rows) and total.gradient[0].numel() <= _SMALL
+            if isinstance(total, Rows) and total.gradient.nbytes <= _SMALL
         }
         if len(small) < 2:
             for slot in small:

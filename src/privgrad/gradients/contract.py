@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.products import add_product, product
+from privgrad.gradients.products import weighted_product
 
 Tree = Any
 """Any nesting of tuples, lists and dicts of tensors, each with the row as its first dimension."""
@@ -129,11 +129,11 @@ class Sink(Protocol):
     """Where weighted sums go."""
 
     def add(self, slot: str, value: Tensor) -> None:
-        """Add `value` (the slot's shape) to the slot's sum. The tensor is the sink's from then on."""
+        """Add `value` (the slot's shape) to the slot's sum."""
         ...
 
-    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right, of left [n, p] and right [n, d], of as many numbers as the slot has; it need never exist alone."""
+    def add_product(self, slot: str, left: Tensor, weights: Tensor, right: Tensor) -> None:
+        """Add left^T diag(weights) right, of left [n, p], weights [n] and right [n, d]: as many numbers as the slot has."""
         ...
 
 
@@ -211,18 +211,17 @@ class Sums:
         """See `Sink.add`."""
         if slot in self._sums:
             self._sums[slot] += value
-            return
-        shared = value._base is not None or value.requires_grad
-        first = value.to(self._dtype, copy=shared, memory_format=torch.contiguous_format)
-        self._sums[slot] = first.view(self._shapes[slot])
+        else:  # a copy: whose memory the value is, is not for a sink to know
+            first = value.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format)
+            self._sums[slot] = first.view(self._shapes[slot])
 
-    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
+    def add_product(self, slot: str, left: Tensor, weights: Tensor, right: Tensor) -> None:
         """See `Sink.add_product`."""
-        left, right = left.to(self._dtype), right.to(self._dtype)
-        if slot in self._sums:
-            add_product(self._sums[slot].view(left.shape[1], right.shape[1]), left.T, right)
-        else:
-            self._sums[slot] = product(left.T, right).view(self._shapes[slot])
+        left, weights, right = (tensor.to(self._dtype) for tensor in (left, weights, right))
+        total = self._sums.get(slot)
+        if total is not None:
+            total = total.view(left.shape[1], right.shape[1])
+        self._sums[slot] = weighted_product(left, weights, right, total).view(self._shapes[slot])
 
     @property
     def values(self) -> dict[str, Tensor]:

@@ -117,6 +117,7 @@ class OnePassEngine:
         if losses.requires_grad:
             with nothing_in_grad(parameters):
                 torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
+        del losses  # and with it what is left of the graph
         collector.finish()
         return collector
 
@@ -241,5 +242,5 @@ class _Nowhere:
     def add(self, slot: str, value: Tensor) -> None:
         pass
 
-    def add_product(self, slot: str, left: Tensor, right: Tensor) -> None:
+    def add_product(self, slot: str, left: Tensor, weights: Tensor, right: Tensor) -> None:
         pass

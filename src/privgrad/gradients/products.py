@@ -40,22 +40,26 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return result
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] times right [k, n]. No gradient."""
-    multiply = _chosen((*left.shape, right.shape[1]), _LARGE, left, right)
-    whole = len(right) // _STEP * _STEP
+def weighted_product(left: Tensor, weights: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
+    """left^T diag(weights) right of left [n, p], weights [n], right [n, d]; added to `total` [p, d] if given. No gradient."""
+    multiply = _chosen((left.shape[1], *right.shape), _LARGE, left, right)
+    whole = len(left) // _STEP * _STEP
     if multiply is None or not whole:
-        return left @ right
-    result = multiply(left[:, :whole], _plain(right[:whole].T))
-    return result.addmm_(left[:, whole:], right[whole:]) if whole < len(right) else result
+        left, right = _weighted(left, weights, right)
+        return left.T @ right if total is None else total.addmm_(left.T, right)
+    # oneDNN would copy a left matrix whose rows do not lie side by side: the copy is made here, and is the one that is weighted.
+    copy = left[:whole].T.clone(memory_format=torch.contiguous_format).mul_(weights[:whole])
+    result = multiply(copy, _plain(right[:whole].T))
+    if whole < len(left):
+        left, right = _weighted(left[whole:], weights[whole:], right[whole:])
+        result.addmm_(left.T, right)
+    return result if total is None else total.add_(result)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left [m, k] times right [k, n] to `total` [m, n]. No gradient."""
-    if _chosen((*left.shape, right.shape[1]), _LARGE, left, right) is None:
-        total.addmm_(left, right)
-    else:
-        total += product(left, right)
+def _weighted(left: Tensor, weights: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The smaller of two matrices [n, ...] with its rows weighted."""
+    weights = weights.view(-1, 1)
+    return (left * weights, right) if left.shape[1] <= right.shape[1] else (left, right * weights)
 
 
 def batched_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from privgrad.gradients.contract import Fold, weighted_sum
-from privgrad.gradients.products import batched_product, product
+from privgrad.gradients.products import batched_product, weighted_product
 
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
@@ -146,13 +146,13 @@ class Rows:
         return _squares(self.gradient) if self.known is None else self.known
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None, cap: float | None = None) -> Tensor:
-        factors, flat = self.weighted(weights, dropped)
-        return weighted_sum(factors.flatten(), flat, cap).view(self.gradient.shape[1:])
+        _, factors, flat = self.weighted(weights, dropped)
+        return weighted_sum(factors, flat, cap).view(self.gradient.shape[1:])
 
-    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
-        """factors [units, 1] and gradients [units, numbers], of which the weighted sum is factors^T gradients."""
+    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ones [units, 1], factors [units] and gradients [units, numbers]: see `Outer.weighted`."""
         flat = select(self.gradient, dropped).reshape(len(self.gradient), -1)
-        return weights.to(flat).view(-1, 1), flat
+        return flat.new_ones(len(flat), 1), weights.to(flat), flat
 
     def cut(self, rows: Tensor) -> Rows:
         return Rows(self.gradient.index_select(1, rows.to(self.gradient.device)))
@@ -193,21 +193,16 @@ class Outer:
         return _trusted(_inner(units, units), [units])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
-        left, right = self.weighted(weights, dropped)
-        return product(left.T, right)
+        return weighted_product(*self.weighted(weights, dropped))
 
-    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor]:
-        """left [n, p] and right [n, d], of which the weighted sum is left^T right."""
+    def weighted(self, weights: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """left [n, p], factors [n] and right [n, d], of which the weighted sum is left^T diag(factors) right."""
         if self.ragged is not None:
             weights = weights[self.ragged.index]
             dropped = None if dropped is None else dropped[self.ragged.index]
         left, right = select(self.left, dropped), select(self.right, dropped)
-        factor = weights.to(left).view(-1, 1, 1)
-        if left.shape[2] <= right.shape[2]:
-            left = left * factor
-        else:
-            right = right * factor
-        return left.flatten(0, 1), right.flatten(0, 1)
+        factors = weights.to(left).view(-1, 1).expand(left.shape[:2]).flatten()
+        return left.flatten(0, 1), factors, right.flatten(0, 1)
 
     def cut(self, rows: Tensor) -> Outer:
         return replace(self, left=self.left.index_select(2, rows.to(self.left.device)))
