@@ -58,8 +58,8 @@ def by_cell(rows: Rows) -> dict[tuple[str, str], Mapping[str, Any]]:
 
 def page() -> str:
     """docs/speed.md."""
-    steps, profile, noise, scaling, sparse, accounting = map(
-        load, ("step_time", "profile", "noise", "scaling", "sparsification", "accounting")
+    steps, profile, noise, memory, scaling, sparse, accounting = map(
+        load, ("step_time", "profile", "noise", "memory", "scaling", "sparsification", "accounting")
     )
     return f"""# What a private step costs
 
@@ -95,9 +95,18 @@ written once and read twice (norms, sums). Convolutions go by the same library i
 (ResNet-20), since its gradients come from a grouped kernel and are laid out anew; one with many weights (WRN-16-4) has its norms
 from Gram matrices and its sum from a second kernel. The MLP pays for its noise: a cryptographic normal costs
 {_nanoseconds(noise["rows"])} nanoseconds (torch's own {_nanoseconds(noise["rows"], "fast")}), 1.9 million of them for 512
-examples. Its plain step takes {_mebibytes(steps["rows"], "mlp")} MiB in all: beside that weigh a buffer for the sums, which is
-there from the start, what the faster products lay out anew, and the code pages of other kernels.
+examples.
 Share of a step, by `{noise["command"]}`: {_noise_shares(noise["rows"])}.
+
+## Where the memory goes
+
+`{memory["command"]}`: MiB beyond what stood there before the first step. Tensors: the most that
+a step's tensors hold at once; resident: the figure of the table above; code: pages of the libraries' machine code that the steps
+were the first to read, which every process on the machine shares; rest: resident less code.
+
+{_memory_table(memory["rows"])}
+
+{_memory_words(memory["rows"])}
 
 ## Structured sparsification
 
@@ -171,10 +180,6 @@ def _against_peers(rows: Rows) -> str:
     )
 
 
-def _mebibytes(rows: Rows, model: str) -> str:
-    return f"{by_cell(rows)[model, 'plain']['memory'] / 2**20:.0f}"
-
-
 def _against_tuned(rows: Rows) -> str:
     cells = by_cell(rows)
     ratios = [
@@ -214,6 +219,23 @@ def _nanoseconds(rows: Rows, kind: str = "secure") -> str:
 
 def _noise_shares(rows: Rows) -> str:
     return ", ".join(f"{row['secure_share_of_step']:.1%} ({MODELS[row['model']]})" for row in rows)
+
+
+def _memory_table(rows: Rows) -> str:
+    parts = ("tensors", "resident", "code", "rest")
+    words = {"plain": "plain", **ENGINES}
+    lines = [[MODELS[row["model"]], words[row["engine"]], *(f"{row[part]:.1f}" for part in parts)] for row in rows]
+    return _table(["", "", *parts], lines)
+
+
+def _memory_words(rows: Rows) -> str:
+    plain, private = (by_cell(rows)["mlp", engine] for engine in ("plain", "privgrad-flat"))
+    alone = (plain["rest"] + private["code"]) / plain["resident"]
+    return (
+        f"Beyond code the MLP's private step takes {private['rest']:.0f} MiB where the plain one takes {plain['rest']:.0f}. "
+        f"What sets them apart is the code of other\nkernels, {private['code']:.0f} MiB for {plain['code']:.0f}, beside a "
+        f"plain step that is small: with that code and nothing else the ratio would be\n{alone:.2f}."
+    )
 
 
 def _sparse_table(rows: Rows) -> str:
