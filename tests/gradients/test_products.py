@@ -63,21 +63,22 @@ def test_products_are_right(layout: str, calls: list[int]) -> None:
             return torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
         return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2] if layout == "strided" else torch.randn(*shape)
 
-    left, weights, right, total = matrix(70, 300), torch.rand(70), matrix(70, 90), torch.randn(300, 90)
-    before = left.clone(), right.clone()
-    for other in (right, right[:, :3], matrix(70, 400)):
-        expected = left.double().T @ (weights.double()[:, None] * other.double())
-        assert near(products.weighted_product(left, weights, other), expected)
-    expected = total.double() + left.double().T @ (weights.double()[:, None] * right.double())
-    assert products.weighted_product(left, weights, right, total) is total
-    assert near(total, expected)
-    assert torch.equal(left, before[0])
-    assert torch.equal(right, before[1])
+    for count in (70, 72):
+        left, weights, right, total = matrix(count, 300), torch.rand(count), matrix(count, 90), torch.randn(300, 90)
+        before = left.clone(), right.clone()
+        for other in (right, right[:, :3], matrix(count, 400)):
+            expected = left.double().T @ (weights.double()[:, None] * other.double())
+            assert near(products.weighted_product(left, weights, other), expected)
+        expected = total.double() + left.double().T @ (weights.double()[:, None] * right.double())
+        assert products.weighted_product(left, weights, right, total) is total
+        assert near(total, expected)
+        assert torch.equal(left, before[0])
+        assert torch.equal(right, before[1])
     units = matrix(5, 40, 70), matrix(5, 70, 30)
     out = torch.empty(5, 40, 30)
     assert products.batched_product(*units, out) is out
     assert near(out, torch.bmm(units[0].double(), units[1].double()))
-    assert len(calls) == 9
+    assert len(calls) == 13
 
 
 def test_biases_that_do_not_lie_side_by_side_are_read_as_they_are(calls: list[int]) -> None:

@@ -26,6 +26,7 @@ STREAMED = "tests/gradients/test_streamed.py"
 UNCOVERED = "tests/gradients/test_onepass.py::test_what_is_not_covered_falls_back_and_says_so_once"
 VIEWS = "tests/training/test_views.py"
 VMAP = "tests/gradients/test_vmap.py"
+SUMS = "tests/gradients/test_sums.py"
 CLIPPING = "tests/mechanism/test_clipping.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
@@ -189,7 +190,7 @@ MUTANTS = (
     Mutant(
         "the norm misses the bias of a linear layer",
         "gradients/rules/linear.py",
-        "yield bias_owner, Rows(left.sum(1))",
+        "yield bias_owner, Rows(left.sum(1) if left.shape[1] > 1 else left.squeeze(1))",
         "yield bias_owner, Rows(0 * left.sum(1))",
         (OPERATORS,),
     ),
@@ -295,7 +296,7 @@ MUTANTS = (
     Mutant(
         "a block without gradients is not asked for",
         "gradients/collector.py",
-        "        self._settle(list(self._open))\n",
+        "        self._settle([*self._ready, *(column for column in self._open if column not in self._ready)])\n",
         "        self._settle([c for c in self._open if self._squares[:, c].any() or self._totals[c]])\n",
         (f"{ONEPASS}::test_every_block_is_asked_for_also_where_nothing_was_used",),
     ),
@@ -576,6 +577,27 @@ MUTANTS = (
         "    if not readable or _chosen(",
         "    if _chosen(",
         ("tests/gradients/test_products.py",),
+    ),
+    Mutant(
+        "the copy that is weighted may be the matrix itself",
+        "gradients/products.py",
+        ".T.clone(memory_format=torch.contiguous_format).mul_(",
+        ".T.contiguous().mul_(",
+        ("tests/gradients/test_products.py",),
+    ),
+    Mutant(
+        "a sum is the memory of what was added first",
+        "gradients/contract.py",
+        "self._dtype, copy=True, memory_format",
+        "self._dtype, copy=False, memory_format",
+        (SUMS,),
+    ),
+    Mutant(
+        "what nothing was added to is left out, and gets no noise",
+        "gradients/contract.py",
+        "return {slot: self._sums[slot] for slot in self._shapes}",
+        "return {slot: value for slot, value in self._sums.items() if bool(value.any())}",
+        (SUMS,),
     ),
     Mutant(
         "a product without a public name is taken on trust",

@@ -117,7 +117,6 @@ class OnePassEngine:
         if losses.requires_grad:
             with nothing_in_grad(parameters):
                 torch.autograd.grad(losses.sum(), collector.anchor, allow_unused=True)
-        del losses  # and with it what is left of the graph
         collector.finish()
         return collector
 
