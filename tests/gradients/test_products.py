@@ -41,7 +41,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(products, "_LARGE", 0)
     monkeypatch.setattr(products, "_LARGE_EACH", 0)
     monkeypatch.setattr(products, "_NARROW", 0)
-    monkeypatch.setattr(products, "_STEP", 4)
+    monkeypatch.setattr(products, "_MULTIPLE", 4)
     return made
 
 
@@ -112,7 +112,7 @@ def test_batches_of_many_sizes_are_few_shapes(monkeypatch: pytest.MonkeyPatch) -
         return result
 
     monkeypatch.setattr(products, "_onednn", lambda: seen)
-    monkeypatch.setattr(products, "_STEP", 32)
+    monkeypatch.setattr(products, "_MULTIPLE", 32)
     layer = nn.Linear(16, 24)
     for count in range(33, 97):
         inputs = torch.randn(count, 16, requires_grad=True)

@@ -22,7 +22,7 @@ _LARGE = 2**25
 """Multiplications from which a product of a new shape is faster, although oneDNN first compiles a kernel for it (measured)."""
 _LARGE_EACH = 2**22
 """The same for products whose shape comes again for every unit of every step."""
-_STEP = 32
+_MULTIPLE = 32
 """Rows and positions, which differ from batch to batch, go in multiples of so many: oneDNN keeps half a MiB for each shape."""
 _NARROW = 16
 """A matrix with fewer rows or columns is near enough to a vector that memory decides, not registers."""
@@ -43,7 +43,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def weighted_product(left: Tensor, weights: Tensor, right: Tensor, total: Tensor | None = None) -> Tensor:
     """left^T diag(weights) right of left [n, p], weights [n], right [n, d]; added to `total` [p, d] if given. No gradient."""
     multiply = _chosen((left.shape[1], *right.shape), _LARGE, left, right)
-    whole = len(left) // _STEP * _STEP
+    whole = len(left) // _MULTIPLE * _MULTIPLE
     if multiply is None or not whole:
         left, right = _weighted(left, weights, right)
         return left.T @ right if total is None else total.addmm_(left.T, right)
@@ -68,7 +68,7 @@ def batched_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> T
         out = left.new_empty(*left.shape[:2], right.shape[2])
     multiply = _chosen((*left.shape[1:], right.shape[2]), _LARGE_EACH, left, right, out)
     count = right.shape[1]
-    whole = count // _STEP * _STEP
+    whole = count // _MULTIPLE * _MULTIPLE
     if multiply is None or not whole:
         return torch.bmm(left, right, out=out)
     for one, other, place in zip(left, right, out, strict=True):
@@ -133,7 +133,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(inputs if ctx.needs_input_grad[1] else None, weight)
         multiply = _onednn()
         assert multiply is not None
-        missing = -len(inputs) % _STEP
+        missing = -len(inputs) % _MULTIPLE
         padded = F.pad(inputs, (0, 0, 0, missing)) if missing else inputs
         output = multiply(padded, _plain(weight), bias)
         return output.resize_(len(inputs), len(weight)) if missing else output
