@@ -2,9 +2,9 @@
 
 Each cell in processes of its own, medians over them, MiB beyond what stood there before the first step:
 
-    tensors    the most that tensors of one step held at once, by torch's own count (nothing of the machine in it)
+    tensors    the most that tensors held at once in the first steps, by torch's own count (nothing of the machine in it)
     resident   the peak of the resident set: the memory of `benchmarks.step_time`
-    code       of it, pages of files, libraries' machine code, that the steps were the first to read; all processes share them
+    code       pages of files, libraries' machine code, that the steps were the first to read; all processes share them
     rest       resident less code: tensors, what libraries lay out for themselves, what the allocator keeps
 """
 
@@ -41,7 +41,9 @@ def cell(model: str, engine: str) -> dict[str, float]:
     for _ in range(STEPS):
         step()
     peak, code = resident("VmHWM") - before, resident("RssFile") - code
+    step = ENGINES[engine](MODELS[model])  # from the first step on: what an engine keeps for the next one counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
         step()
     found = {"tensors": _most(watched), "resident": peak, "code": code, "rest": peak - code}
     return {part: amount / 2**20 for part, amount in found.items()}
@@ -75,7 +77,9 @@ def main() -> None:
         for engine in arguments.engines.split(","):
             command = [sys.executable, "-m", "benchmarks.memory", "--cell", model, engine]
             found = [
-                json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+                json.loads(
+                    subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+                )
                 for _ in range(arguments.rounds)
             ]
             row = {part: statistics.median(one[part] for one in found) for part in PARTS}
@@ -83,6 +87,9 @@ def main() -> None:
             print(f"{model:<14} {engine:<20}" + "  ".join(f"{part} {row[part]:.1f}" for part in PARTS), flush=True)
     if arguments.json:
         command_line = f"python -m benchmarks.memory --rounds {arguments.rounds}"
+        for name in ("models", "engines"):
+            if getattr(arguments, name) != parser.get_default(name):
+                command_line += f" --{name} {getattr(arguments, name)}"
         about = f"torch {torch.__version__}, 1 thread, {STEPS} steps"
         arguments.json.write_text(json.dumps({"command": command_line, "about": about, "rows": rows}, indent=1) + "\n")
 

@@ -101,8 +101,8 @@ Share of a step, by `{noise["command"]}`: {_noise_shares(noise["rows"])}.
 ## Where the memory goes
 
 `{memory["command"]}`: MiB beyond what stood there before the first step. Tensors: the most that
-a step's tensors hold at once; resident: the figure of the table above; code: pages of the libraries' machine code that the steps
-were the first to read, which every process on the machine shares; rest: resident less code.
+tensors hold at once, with what an engine keeps from step to step; resident: the figure of the table above; code: pages of the
+libraries' machine code that the steps were the first to read, which all processes share; rest: resident less code.
 
 {_memory_table(memory["rows"])}
 

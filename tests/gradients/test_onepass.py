@@ -24,6 +24,7 @@ from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.rules import per_row
 from privgrad.gradients.rules.convolution import Convolution
 from privgrad.gradients.rules.windows import Geometry
+from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.terms import Lookup, Outer
 from tests.gradients.compare import Recording, agrees
 from tests.gradients.networks import NETWORKS
@@ -551,6 +552,75 @@ def test_what_is_not_covered_falls_back_and_says_so_once(name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*does not cover")
         agrees(engine, model, squares, batch, kind="tensor")
+
+
+class InPlace(torch.autograd.Function):
+    """The identity, whose backward pass writes over the gradient that it got, where another branch may have it, too."""
+
+    generate_vmap_rule = True
+    factor = 50.0
+
+    @staticmethod
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.mul_(InPlace.factor) if InPlace.factor != 1 else gradient
+
+
+class Branches(nn.Module):
+    """`first` gets its gradient before the other branch writes over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first, self.top = nn.Linear(6, 300), nn.Linear(6, 300), nn.Linear(300, 400)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = InPlace.apply(1e-6 * self.second(x))
+        return self.top(self.first(x) + hidden)
+
+
+@pytest.mark.filterwarnings("ignore:the one-pass engine does not cover")
+@pytest.mark.parametrize(("clipping", "bound"), [(pg.FlatClipping(1.0), 1.0), (pg.LayerwiseClipping(1.0), 6**0.5)])
+def test_gradients_that_the_model_writes_over_after_they_were_measured_exceed_no_bound(
+    clipping: Any, bound: float
+) -> None:
+    """One unit alone has a gradient; its sum was fifty times the bound."""
+    inputs = torch.zeros(500, 6)
+    inputs[3] = torch.randn(6)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return squares(model, batch) * batch[0][:, 0].abs()
+
+    step = runner(full_batch_plan(500, clipping=clipping), Branches(), loss)
+    assert 0 < as_vector(step.clipped_sum(*rows(inputs))).norm() <= bound * (1 + 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the one-pass engine does not cover")
+@pytest.mark.parametrize("clipping", [pg.FlatClipping(1.0), pg.LayerwiseClipping(1.0), pg.CoordinateClipping(1.0, 4.0)])
+def test_whole_steps_of_what_is_not_covered_are_those_of_a_loop(clipping: Any) -> None:
+    model, batch = UNCOVERED["checkpoint"][0](), rows(torch.randn(5, 6))
+    plan = full_batch_plan(5, clipping=clipping)
+    found, expected = (runner(plan, model, squares, engine=engine) for engine in (OnePassEngine(), StreamedEngine()))
+    assert torch.allclose(
+        as_vector(found.clipped_sum(*batch)), as_vector(expected.clipped_sum(*batch)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_gradients_that_the_model_writes_over_in_some_steps_only_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Branches(), (torch.randn(500, 6),)
+    monkeypatch.setattr(InPlace, "factor", 1.0)
+    engine = OnePassEngine()
+    covered(engine, model, squares, batch, kind="tensor", separable=True)
+    monkeypatch.setattr(InPlace, "factor", 50.0)
+    monkeypatch.setattr(collector, "TOGETHER", 4 * 500 * (300 + 400))  # the top's are settled, the others wait
+    with pytest.raises(pg.PrivgradError, match=r"in the midst of a step.*in place.*return a new tensor"):
+        agrees(engine, model, squares, batch, kind="tensor", separable=True)
 
 
 class SometimesHidden(nn.Module):

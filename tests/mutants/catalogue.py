@@ -216,6 +216,13 @@ MUTANTS = (
         (OPERATORS,),
     ),
     Mutant(
+        "what was written over after it was measured is summed",
+        "gradients/collector.py",
+        "        if _versions(term) != versions:\n",
+        "        if False:\n",
+        (ONEPASS,),
+    ),
+    Mutant(
         "an uncovered parameter is dropped",
         "gradients/onepass.py",
         "        if left is not None:\n            raise NotCoveredError(",
@@ -267,8 +274,8 @@ MUTANTS = (
     Mutant(
         "rows of one unit are clipped one by one in one pass",
         "gradients/collector.py",
-        "weight.terms.append(self._cut(weight, term).folded(self.folding))",
-        "weight.terms.append(self._cut(weight, term))",
+        "weight.append(self._cut(weight, term).folded(self.folding))",
+        "weight.append(self._cut(weight, term))",
         (FOLDS,),
     ),
     Mutant(
@@ -289,8 +296,8 @@ MUTANTS = (
     Mutant(
         "a derived weight's gradient does not reach its parameter",
         "gradients/collector.py",
-        "            if part is not None:\n                parent.terms",
-        "            if False:\n                parent.terms",
+        "            if part is not None:\n                parent.append",
+        "            if False:\n                parent.append",
         (OPERATORS,),
     ),
     Mutant(
@@ -588,15 +595,15 @@ MUTANTS = (
     Mutant(
         "a sum is the memory of what was added first",
         "gradients/contract.py",
-        "self._dtype, copy=True, memory_format",
-        "self._dtype, copy=False, memory_format",
+        "= empty.copy_(value.detach())",
+        "= value.detach()",
         (SUMS,),
     ),
     Mutant(
         "what nothing was added to is left out, and gets no noise",
         "gradients/contract.py",
-        "return {slot: self._sums[slot] for slot in self._shapes}",
-        "return {slot: value for slot, value in self._sums.items() if bool(value.any())}",
+        "return {slot: self.at(slot) for slot in self._shapes}",
+        "return dict(self._sums)",
         (SUMS,),
     ),
     Mutant(
@@ -605,6 +612,13 @@ MUTANTS = (
         "    return linear if same else None",
         "    return linear",
         ("tests/gradients/test_products.py",),
+    ),
+    Mutant(
+        "workers share their first slot only",
+        "mechanism/step.py",
+        "for value in sums.values.values():",
+        "for value in [*sums.values.values()][:1]:",
+        (f"{FRAME}::test_two_processes_agree_with_one",),
     ),
     Mutant(
         "every worker adds noise of its own",

@@ -14,7 +14,11 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter 
 
 
 class NotCoveredError(Exception):
-    """Another engine must take this model; the message says why."""
+    """Another engine must take this model; the message says why. late: a part of the batch has reached the sink by then."""
+
+    def __init__(self, reason: str, *, late: bool = False) -> None:
+        super().__init__(reason)
+        self.late = late
 
 
 def is_batched(value: object) -> bool:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from privgrad.gradients.batched import NotCoveredError
 from privgrad.gradients.contract import Identity, Need, Request, add_weighted, masked
 from privgrad.gradients.memory import Workspace
-from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, size, wide
+from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, tensors, wide
 
 _SMALL = 2**19
 """Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""
@@ -23,7 +24,8 @@ TOGETHER = 16 * 2**20
 class Weight:
     """A trainable parameter, or a tensor that the model computed from trainable parameters alone (a derived weight).
 
-    expected: uses that were caught in the forward pass; terms: one for each that the backward pass has reached.
+    expected: uses that were caught in the forward pass; terms: one for each that the backward pass has reached, with what
+    `_versions` said of it then.
     parents: the parameters that a derived weight was computed from.
     """
 
@@ -31,12 +33,16 @@ class Weight:
     name: str | None
     parents: Sequence[Weight] = ()
     expected: int = 0
-    terms: list[Term] = field(default_factory=list)
+    terms: list[tuple[Term, Sequence[int]]] = field(default_factory=list)
 
     @property
     def detached(self) -> Tensor:
         """The values, of which autograd does not know where they come from."""
         return self.tensor.detach()
+
+    def append(self, term: Term) -> None:
+        """One use's term has come."""
+        self.terms.append((term, _versions(term)))
 
 
 class Collector:
@@ -46,7 +52,8 @@ class Collector:
     anchor: every caught use depends on it: a gradient with respect to it runs through all of them and touches no parameter.
 
     Guarantee: every (unit, block) is asked for exactly once; a unit and block of weight 0 is selected out of the sums; a
-    parameter's norm is that of the sum over all its uses, whatever the order in which they arrive.
+    parameter's norm is that of the sum over all its uses, whatever the order in which they arrive; sums are of the numbers
+    whose norms the rule saw: terms are not copied, and one that was changed in place meanwhile is refused.
     """
 
     def __init__(
@@ -74,6 +81,8 @@ class Collector:
         self._open = {c: sum(s not in left_out for s in slots) for c, slots in enumerate(request.blocks)}
         self._ready: list[int] = []
         self._waiting = 0
+        self._seen: dict[str, Sequence[int]] = {}
+        self._settled = False
         self._rows = {name: rows for name in parameters if (rows := request.encoding.rows(name)) is not None}
         self._native = _native(request, parameters)
 
@@ -94,7 +103,7 @@ class Collector:
 
     def deliver(self, weight: Weight, term: Term) -> None:
         """One use's term, of rows, with every row's factor in it."""
-        weight.terms.append(self._cut(weight, term).folded(self.folding))
+        weight.append(self._cut(weight, term).folded(self.folding))
         if weight.name in self._native and len(weight.terms) == weight.expected:
             self._complete(weight)
 
@@ -116,14 +125,13 @@ class Collector:
 
     def _complete(self, weight: Weight) -> None:
         assert weight.name is not None
-        total = combined(weight.terms).kept(self._workspace.take)
-        weight.terms = []
+        total = self._whole(weight).kept(self._workspace.take)
         column = self._column[weight.name]
         self._take(weight.name, total)
         self._open[column] -= 1
         if self._open[column] == 0 and self._request.rule.separable:
             self._ready.append(column)
-            self._waiting += sum(size(term) for term in self._totals[column].values())
+            self._waiting += sum(tensor.nbytes for term in self._totals[column].values() for tensor in tensors(term))
             if self._waiting >= TOGETHER:
                 self._settle(self._ready)
                 self._ready, self._waiting = [], 0
@@ -131,6 +139,7 @@ class Collector:
     def _take(self, slot: str, total: Term) -> None:
         column = self._column[slot]
         self._totals[column][slot] = total
+        self._seen[slot] = _versions(total)
         if isinstance(total, Rows):
             self._kept += total.gradient.nbytes
             self.most = max(self.most, self._kept)
@@ -142,15 +151,14 @@ class Collector:
         """Unit gradients of a derived weight to unit gradients of its parameters: a linear map, one vjp per unit."""
         if not weight.terms:
             return
-        gradient = combined(weight.terms).dense().to(weight.tensor.dtype)
-        weight.terms = []
+        gradient = self._whole(weight).dense().to(weight.tensor.dtype)
         inputs = [parent.tensor for parent in weight.parents]
         parts = torch.autograd.grad(
             weight.tensor, inputs, gradient, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
         for parent, part in zip(weight.parents, parts, strict=True):
             if part is not None:
-                parent.terms.append(self._cut(parent, Rows(wide(part))))
+                parent.append(self._cut(parent, Rows(wide(part))))
 
     def _encode(self) -> None:
         """Parameters that the encoding wants coordinate by coordinate."""
@@ -158,7 +166,7 @@ class Collector:
         if not wanted:
             return
         gradients = {
-            name: combined(weight.terms).dense().to(self._squares.dtype)
+            name: self._whole(weight).dense().to(self._squares.dtype)
             if weight.terms
             else self._squares.new_zeros(self.folding.units, *weight.tensor.shape)
             for name, weight in wanted.items()
@@ -176,8 +184,11 @@ class Collector:
         for column in columns:
             del self._open[column]
             self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
+            for slot, total in self._totals[column].items():
+                self._unchanged(total, self._seen.pop(slot))
         if not columns:
             return
+        self._settled = True
         joined = {column: self._join(column) for column in columns}
         weights = self._request.rule(self._squares[:, columns].sqrt(), columns)
         zero = weights == 0
@@ -202,6 +213,18 @@ class Collector:
                 else:
                     self._request.sink.add(slot, self._multiplied_out(total).weighted_sum(weight, dropped, cap))
                 self._free(total)
+
+    def _whole(self, weight: Weight) -> Term:
+        """One term for all of a weight's uses."""
+        for term, versions in weight.terms:
+            self._unchanged(term, versions)
+        whole, weight.terms = combined([term for term, _ in weight.terms]), []
+        return whole
+
+    def _unchanged(self, term: Term, versions: Sequence[int]) -> None:
+        """Refuse numbers that a backward pass of the model's own wrote over after they had come."""
+        if _versions(term) != versions:
+            raise NotCoveredError("its backward pass changes a gradient in place", late=self._settled)
 
     def _multiplied_out(self, total: Term) -> Rows:
         if isinstance(total, Rows):
@@ -231,6 +254,11 @@ class Collector:
             self._free(totals.pop(slot))
         self._squares[:, column] += rows.squares()
         return {slot: gradient.shape[1:] for slot, gradient in small.items()}, rows
+
+
+def _versions(term: Term) -> Sequence[int]:
+    """How often each of a term's tensors has been changed in place."""
+    return [tensor._version for tensor in tensors(term)]
 
 
 def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str]:

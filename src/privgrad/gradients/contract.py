@@ -212,8 +212,8 @@ class Sums:
         if slot in self._sums:
             self._sums[slot] += value
         else:  # a copy: whose memory the value is, is not for a sink to know
-            first = value.detach().to(self._dtype, copy=True, memory_format=torch.contiguous_format)
-            self._sums[slot] = first.view(self._shapes[slot])
+            empty = torch.empty(self._shapes[slot], device=self._device, dtype=self._dtype)
+            self._sums[slot] = empty.copy_(value.detach())
 
     def add_product(self, slot: str, left: Tensor, weights: Tensor, right: Tensor) -> None:
         """See `Sink.add_product`."""
@@ -223,13 +223,16 @@ class Sums:
             total = total.view(left.shape[1], right.shape[1])
         self._sums[slot] = weighted_product(left, weights, right, total).view(self._shapes[slot])
 
+    def at(self, slot: str) -> Tensor:
+        """One slot's sum: the tensor itself."""
+        if slot not in self._sums:
+            self._sums[slot] = torch.zeros(self._shapes[slot], device=self._device, dtype=self._dtype)
+        return self._sums[slot]
+
     @property
     def values(self) -> dict[str, Tensor]:
         """{slot: its sum}, in the slots' order: the tensors themselves."""
-        for slot, shape in self._shapes.items():
-            if slot not in self._sums:
-                self._sums[slot] = torch.zeros(shape, device=self._device, dtype=self._dtype)
-        return {slot: self._sums[slot] for slot in self._shapes}
+        return {slot: self.at(slot) for slot in self._shapes}
 
 
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:

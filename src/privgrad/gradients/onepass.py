@@ -83,6 +83,11 @@ class OnePassEngine:
                 with _frozen(parameters[name] for name in asleep):
                     self._one_pass(module, awake, part)
             except NotCoveredError as reason:
+                if reason.late:
+                    raise PrivgradError(
+                        f"the one-pass engine cannot go on with this model, in the midst of a step: {reason}; let an autograd "
+                        "function of your own return a new tensor (grad * factor, not grad.mul_(factor))"
+                    ) from None
                 self._slower = self._fall_back(module, part, str(reason))
                 self._slower.accumulate(model, loss_fn, part)
 
@@ -103,7 +108,7 @@ class OnePassEngine:
         return most / (sum(p.numel() for p in parameters.values()) * accumulation_dtype(model).itemsize)
 
     def _one_pass(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> Collector:
-        """One chunk. Raises NotCoveredError before anything has reached the rule or the sink."""
+        """One chunk. Raises NotCoveredError, before anything has reached the rule or the sink unless it says that it is late."""
         device = next(iter(parameters.values())).device
         dtype = accumulation_dtype(module.model)
         self._workspace.clear()
@@ -203,7 +208,8 @@ def _norms(engine: Engine, module: WithLoss, request: Request) -> Tensor:
     shapes = {name: parameter.shape for name, parameter in trainable(module.model).items()}
     trial = _trial(request)
     rule = _Nobody(separable=False)
-    alone = replace(trial, encoding=Identity(shapes), blocks=[(name,) for name in shapes], rule=rule)
+    blocks = [(name,) for name in shapes]
+    alone = replace(trial, encoding=Identity(shapes), blocks=blocks, rule=rule, caps=(), joined=None)
     engine.accumulate(module.model, module.loss_fn, alone)
     return torch.cat(rule.seen)
 

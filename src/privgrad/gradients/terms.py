@@ -6,7 +6,7 @@ gradients are products of, and multiply it out only where that is cheaper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
@@ -114,9 +114,13 @@ class Term(Protocol):
         ...
 
 
-def size(term: Term) -> int:
-    """The bytes of a term's tensors."""
-    return sum(value.nbytes for value in vars(term).values() if isinstance(value, Tensor))
+def tensors(term: Term) -> Iterator[Tensor]:
+    """A term's tensors, with those of the terms that it is the sum of."""
+    for value in vars(term).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list):
+            yield from (tensor for part in value for tensor in tensors(part))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -281,7 +285,7 @@ class Lookup:
 class Sum:
     """A tied table's uses, as products (`Outer`) and look-ups: a unit's gradient is their sum, so its norm has cross terms."""
 
-    terms: Sequence[Outer | Lookup]
+    terms: list[Outer | Lookup]
 
     def dense(self) -> Tensor:
         return reduce(torch.add, (term.dense() for term in self.terms))

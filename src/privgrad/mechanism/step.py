@@ -179,7 +179,7 @@ class StepRunner:
         sink = Sums(slots, device, accumulation_dtype(self.model))
         side = None
         if plan.thresholds is not None and side_bound is not None:
-            side = (plan.thresholds, self.states["thresholds"], sink.values[_SIDE_SLOT])
+            side = (plan.thresholds, self.states["thresholds"], sink.at(_SIDE_SLOT))
         watch = ClippingWatch() if plan.disclose else None
         rule = ClippingRule(plan.clipping, thresholds, side, watch)
         request = Request(batch, fold, encoding, [block.slots for block in blocks], rule, sink, caps, joined)
