@@ -27,6 +27,9 @@ def bare(axes: Any) -> None:
 
 def svg(figure: Any) -> str:
     """The figure as one SVG, the same for the same picture."""
+    from matplotlib import rc_context
+
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "privgrad"}):  # without it names inside differ from one time to the next
+        figure.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
