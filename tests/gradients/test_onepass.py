@@ -554,6 +554,12 @@ def test_what_is_not_covered_falls_back_and_says_so_once(name: str) -> None:
         agrees(engine, model, squares, batch, kind="tensor")
 
 
+@pytest.mark.parametrize("kind", ["flat", "tensor"])
+def test_rows_without_positions_have_gradients_of_zero(kind: str) -> None:
+    model = Around(lambda m, x: m.a(x).sum(1) + m.b(x.sum(1)), a=nn.Linear(6, 3), b=nn.Linear(6, 3))
+    covered(None, model, squares, (torch.randn(5, 0, 6),), kind=kind, separable=kind == "tensor")
+
+
 class InPlace(torch.autograd.Function):
     """The identity, whose backward pass writes over the gradient that it got, where another branch may have it, too."""
 

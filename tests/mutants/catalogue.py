@@ -190,7 +190,7 @@ MUTANTS = (
     Mutant(
         "the norm misses the bias of a linear layer",
         "gradients/rules/linear.py",
-        "yield bias_owner, Rows(left.sum(1) if left.shape[1] > 1 else left.squeeze(1))",
+        "yield bias_owner, Rows(left.squeeze(1) if left.shape[1] == 1 else left.sum(1))",
         "yield bias_owner, Rows(0 * left.sum(1))",
         (OPERATORS,),
     ),

@@ -35,7 +35,7 @@ def on_rows(scope: Scope, rows: int, inputs: Tensor, weight: Tensor, bias: Tenso
         if owner is not None:
             yield owner, Outer(left, wide(saved[0]).view(rows, -1, flat.shape[1]))
         if bias_owner is not None:
-            yield bias_owner, Rows(left.sum(1) if left.shape[1] > 1 else left.squeeze(1))
+            yield bias_owner, Rows(left.squeeze(1) if left.shape[1] == 1 else left.sum(1))
 
     saved = (flat.to(output.dtype),) if owner is not None else ()
     return scope.catch(output, [owner, bias_owner], terms, *saved).view(*inputs.shape[:-1], output.shape[1])
