@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,15 @@ def cell(model: str, engine: str) -> dict[str, float]:
     for _ in range(STEPS):
         step()
     peak, code = resident("VmHWM") - before, resident("RssFile") - code
-    step = ENGINES[engine](MODELS[model])  # from the first step on: what an engine keeps for the next one counts
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        step()
-        step()
-    found = {"tensors": _most(watched), "resident": peak, "code": code, "rest": peak - code}
+    found = {"tensors": most_held(ENGINES[engine](MODELS[model])), "resident": peak, "code": code, "rest": peak - code}
     return {part: amount / 2**20 for part, amount in found.items()}
 
 
-def _most(watched: profile) -> int:
-    """The largest sum of allocations less what was freed again, in bytes."""
+def most_held(step: Callable[[], object]) -> int:
+    """The most bytes that tensors take at once in a first and a second step: what the first keeps for the second counts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        for _ in range(2):
+            step()
     profiler: Any = watched.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0

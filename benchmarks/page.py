@@ -331,8 +331,7 @@ def _accounting_table(rows: Rows) -> str:
 def main() -> None:
     """Write both files."""
     PAGE.write_text(page())
-    rows = _with_memory(load("step_time")["rows"], load("memory")["rows"])
-    draw(by_cell(rows), MODELS, PICTURE)
+    draw(by_cell(load("step_time")["rows"]), MODELS, PICTURE)
 
 
 if __name__ == "__main__":

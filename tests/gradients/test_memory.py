@@ -6,15 +6,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.memory import most_held
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import privgrad as pg
 from privgrad.gradients import collector
@@ -62,23 +62,9 @@ def test_a_private_step_of_linear_layers_holds_little_more_than_a_plain_one(
     def plain() -> Any:
         return torch.autograd.grad(F.cross_entropy(model(inputs), labels), list(model.parameters()))
 
-    ordinary, most = held(plain), held(lambda: private.clipped_sum(batch, fold))
+    ordinary, most = most_held(plain), most_held(lambda: private.clipped_sum(batch, fold))
     assert sum(parameter.nbytes for parameter in model.parameters()) < ordinary
     assert most < times * ordinary
-
-
-def held(step: Callable[[], Any]) -> int:
-    """The most bytes that tensors take at once in a first and a second step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        for _ in range(2):
-            step()
-    profiler: Any = watched.profiler
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep their own counsel")

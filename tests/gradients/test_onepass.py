@@ -560,11 +560,10 @@ def test_rows_without_positions_have_gradients_of_zero(kind: str) -> None:
     covered(None, model, squares, (torch.randn(5, 0, 6),), kind=kind, separable=kind == "tensor")
 
 
-class InPlace(torch.autograd.Function):
-    """The identity, whose backward pass writes over the gradient that it got, where another branch may have it, too."""
+class Copying(torch.autograd.Function):
+    """The identity, with a backward pass of its own."""
 
     generate_vmap_rule = True
-    factor = 50.0
 
     @staticmethod
     def forward(inputs: Tensor) -> Tensor:
@@ -573,6 +572,12 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         pass
+
+
+class InPlace(Copying):
+    """Writes over the gradient that it got, where another branch may have it, too."""
+
+    factor = 50.0
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -656,19 +661,10 @@ def test_compiled_models_run_uncompiled() -> None:
     covered(None, model, squares, (torch.randn(5, 6),), kind="tensor")
 
 
-class Accumulating(torch.autograd.Function):
+class Accumulating(Copying):
     """Calls backward() by itself, on a parameter that it hides."""
 
-    generate_vmap_rule = True
     hidden: nn.Parameter
-
-    @staticmethod
-    def forward(inputs: Tensor) -> Tensor:
-        return inputs.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

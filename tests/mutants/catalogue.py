@@ -223,6 +223,13 @@ MUTANTS = (
         (ONEPASS,),
     ),
     Mutant(
+        "a batch of which a part is summed starts anew with another engine",
+        "gradients/onepass.py",
+        "                if reason.late:\n",
+        "                if False:\n",
+        (ONEPASS,),
+    ),
+    Mutant(
         "an uncovered parameter is dropped",
         "gradients/onepass.py",
         "        if left is not None:\n            raise NotCoveredError(",

@@ -82,7 +82,6 @@ class Collector:
         self._ready: list[int] = []
         self._waiting = 0
         self._seen: dict[str, Sequence[int]] = {}
-        self._settled = False
         self._rows = {name: rows for name in parameters if (rows := request.encoding.rows(name)) is not None}
         self._native = _native(request, parameters)
 
@@ -182,13 +181,13 @@ class Collector:
     def _settle(self, columns: Sequence[int]) -> None:
         """Ask for these blocks' weights, add their sums, and let go of their terms."""
         for column in columns:
-            del self._open[column]
-            self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
             for slot, total in self._totals[column].items():
                 self._unchanged(total, self._seen.pop(slot))
+        for column in columns:
+            del self._open[column]
+            self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
         if not columns:
             return
-        self._settled = True
         joined = {column: self._join(column) for column in columns}
         weights = self._request.rule(self._squares[:, columns].sqrt(), columns)
         zero = weights == 0
@@ -224,7 +223,8 @@ class Collector:
     def _unchanged(self, term: Term, versions: Sequence[int]) -> None:
         """Refuse numbers that a backward pass of the model's own wrote over after they had come."""
         if _versions(term) != versions:
-            raise NotCoveredError("its backward pass changes a gradient in place", late=self._settled)
+            late = len(self._open) < len(self._request.blocks)
+            raise NotCoveredError("its backward pass changes a gradient in place", late=late)
 
     def _multiplied_out(self, total: Term) -> Rows:
         if isinstance(total, Rows):
