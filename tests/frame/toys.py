@@ -26,7 +26,7 @@ class Split:
     def slots(self) -> Mapping[str, torch.Size]:
         return {"embedding": torch.Size([len(self.basis)]), "residual": torch.Size([self.basis.shape[1]])}
 
-    def rows(self, parameter: str) -> None:
+    def places(self, parameter: str) -> None:
         return None
 
     def need(self, parameter: str) -> Need:

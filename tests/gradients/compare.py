@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.contract import Engine, Fold, Identity, LossFn, Request, Sums, Tree, trainable
+from privgrad.gradients.contract import Encoding, Engine, Fold, Identity, LossFn, Request, Sums, Tree, trainable
 from tests.helpers import loop_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -68,19 +68,21 @@ def agrees(
     fold: Fold | None = None,
     tolerance: float | None = None,
     reference: Callable[..., dict[str, Tensor]] = loop_gradients,
+    encoded: Callable[[dict[str, torch.Size]], Encoding] = Identity,
 ) -> Recording:
-    """Assert that norms and weighted sums agree, relative to the largest of each."""
+    """Assert that norms and weighted sums agree, relative to the largest of each. encoded: makes an encoding from shapes."""
     rows = len(batch[0])
     fold = Fold.identity(rows) if fold is None else fold
-    expected = folded(reference(model, loss_fn, batch), fold)
+    shapes = {name: p.shape for name, p in trainable(model).items()}
+    encoding = encoded(shapes)
+    expected = encoding.encode(folded(reference(model, loss_fn, batch), fold))
     dtype = next(iter(expected.values())).dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     blocks = blocks_of(list(expected), kind)
     weights = 0.1 + torch.rand(fold.units, len(blocks), dtype=wide)
     rule = Recording(weights, separable=separable)
-    shapes = {name: p.shape for name, p in trainable(model).items()}
-    sink = Sums(shapes, torch.device("cpu"), wide)
-    engine.accumulate(model, loss_fn, Request(batch, fold, Identity(shapes), blocks, rule, sink))
+    sink = Sums(encoding.slots(), torch.device("cpu"), wide)
+    engine.accumulate(model, loss_fn, Request(batch, fold, encoding, blocks, rule, sink))
 
     limit = tolerance or TOLERANCE[dtype]
     wanted = torch.stack(

@@ -433,7 +433,7 @@ class Halves:
         native = {name: shape for name, shape in self.shapes.items() if name not in self.wanted}
         return {"half": torch.Size([sum(self.shapes[name].numel() // 2 for name in self.wanted)])} | native
 
-    def rows(self, parameter: str) -> None:
+    def places(self, parameter: str) -> None:
         return None
 
     def need(self, parameter: str) -> Need:

@@ -105,7 +105,7 @@ def test_a_share_is_kept_of_every_parameter() -> None:
         assert len(drawn["weight"]) == expected
         assert len(drawn["one"]) == len(drawn["scalar"]) == 1
         encoding = Kept(shapes, drawn, by_rows=structure != "elements")
-        assert encoding.need("weight") is (Need.COORDINATES if structure == "elements" else Need.ROWS)
+        assert encoding.need("weight") is (Need.PLACES if structure == "elements" else Need.ROWS)
         assert encoding.slots()["scalar"] == torch.Size([])
         back = encoding.decode({name: torch.ones(slot) for name, slot in encoding.slots().items()})
         assert {name: value.shape for name, value in back.items()} == shapes

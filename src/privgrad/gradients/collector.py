@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from privgrad.gradients.batched import NotCoveredError
 from privgrad.gradients.contract import Identity, Need, Request, add_weighted, masked
+from privgrad.gradients.folding import Folding
 from privgrad.gradients.memory import Workspace
-from privgrad.gradients.terms import Folding, Outer, Rows, Term, combined, tensors, wide
+from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, tensors, wide
 
 _SMALL = 2**19
 """Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""
@@ -76,13 +77,14 @@ class Collector:
         device = next(iter(parameters.values())).device
         self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
         self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
-        self._totals: dict[int, dict[str, Term]] = {column: {} for column in range(len(request.blocks))}
+        self._totals: dict[int, dict[str, Share]] = {column: {} for column in range(len(request.blocks))}
         left_out = masked(request.encoding, request.encoding.slots())
         self._open = {c: sum(s not in left_out for s in slots) for c, slots in enumerate(request.blocks)}
         self._ready: list[int] = []
         self._waiting = 0
         self._seen: dict[str, Sequence[int]] = {}
-        self._rows = {name: rows for name in parameters if (rows := request.encoding.rows(name)) is not None}
+        self._rows = _places(request, parameters, Need.ROWS)
+        self._coordinates = _places(request, parameters, Need.PLACES)
         self._native = _native(request, parameters)
 
     def expect(self, weight: Weight) -> None:
@@ -124,7 +126,9 @@ class Collector:
 
     def _complete(self, weight: Weight) -> None:
         assert weight.name is not None
-        total = self._whole(weight).kept(self._workspace.take)
+        whole, places = self._whole(weight), self._coordinates.get(weight.name)
+        take = self._workspace.take
+        total = whole.kept(take) if places is None else whole.masked(_mask(places, weight.tensor), take)
         column = self._column[weight.name]
         self._take(weight.name, total)
         self._open[column] -= 1
@@ -135,7 +139,7 @@ class Collector:
                 self._settle(self._ready)
                 self._ready, self._waiting = [], 0
 
-    def _take(self, slot: str, total: Term) -> None:
+    def _take(self, slot: str, total: Share) -> None:
         column = self._column[slot]
         self._totals[column][slot] = total
         self._seen[slot] = _versions(total)
@@ -201,17 +205,23 @@ class Collector:
                 together = rows.weighted_sum(weight, dropped, cap)
                 parts = torch.split(together, [shape.numel() for shape in shapes.values()])
                 for (slot, shape), part in zip(shapes.items(), parts, strict=True):
-                    self._request.sink.add(slot, part.view(shape))
+                    self._add(slot, part.view(shape))
             totals = self._totals.pop(column)
             for slot in list(totals):
                 total = totals.pop(slot)
-                if cap is None and isinstance(total, Outer | Rows):
+                if cap is not None:
+                    self._add(slot, self._multiplied_out(total).weighted_sum(weight, dropped, cap))
+                elif isinstance(total, Outer | Rows) and slot not in self._coordinates:
                     self._request.sink.add_product(slot, *total.weighted(weight, dropped))
-                elif cap is None:
-                    self._request.sink.add(slot, total.weighted_sum(weight, dropped))
                 else:
-                    self._request.sink.add(slot, self._multiplied_out(total).weighted_sum(weight, dropped, cap))
+                    self._add(slot, total.weighted_sum(weight, dropped))
                 self._free(total)
+
+    def _add(self, slot: str, value: Tensor) -> None:
+        """A parameter's sum, or what the encoding wants of its coordinates."""
+        places = self._coordinates.get(slot)
+        value = value if places is None else value.flatten()[places.to(value.device)]
+        self._request.sink.add(slot, value)
 
     def _whole(self, weight: Weight) -> Term:
         """One term for all of a weight's uses."""
@@ -220,20 +230,20 @@ class Collector:
         whole, weight.terms = combined([term for term, _ in weight.terms]), []
         return whole
 
-    def _unchanged(self, term: Term, versions: Sequence[int]) -> None:
+    def _unchanged(self, share: Share, versions: Sequence[int]) -> None:
         """Refuse numbers that a backward pass of the model's own wrote over after they had come."""
-        if _versions(term) != versions:
+        if _versions(share) != versions:
             late = len(self._open) < len(self._request.blocks)
             raise NotCoveredError("its backward pass changes a gradient in place", late=late)
 
-    def _multiplied_out(self, total: Term) -> Rows:
+    def _multiplied_out(self, total: Share) -> Rows:
         if isinstance(total, Rows):
             return total
         rows = Rows(total.dense())
         self.most = max(self.most, self._kept + rows.gradient.nbytes)
         return rows
 
-    def _free(self, total: Term) -> None:
+    def _free(self, total: Share) -> None:
         if isinstance(total, Rows):
             self._workspace.give_back(total.gradient)
 
@@ -256,9 +266,22 @@ class Collector:
         return {slot: gradient.shape[1:] for slot, gradient in small.items()}, rows
 
 
-def _versions(term: Term) -> Sequence[int]:
-    """How often each of a term's tensors has been changed in place."""
-    return [tensor._version for tensor in tensors(term)]
+def _versions(share: Share) -> Sequence[int]:
+    """How often each of a share's tensors has been changed in place."""
+    return [tensor._version for tensor in tensors(share)]
+
+
+def _places(request: Request, parameters: Mapping[str, nn.Parameter], need: Need) -> dict[str, Tensor]:
+    """The places of the parameters with one need."""
+    wanted = (name for name in parameters if request.encoding.need(name) is need)
+    return {name: places for name in wanted if (places := request.encoding.places(name)) is not None}
+
+
+def _mask(places: Tensor, weight: Tensor) -> Tensor:
+    """Ones at the coordinates of a weight that are kept, zeros elsewhere, of the type of its gradients."""
+    zeros = wide(torch.zeros_like(weight.detach(), memory_format=torch.contiguous_format))
+    zeros.view(-1)[places.to(weight.device)] = 1
+    return zeros
 
 
 def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str]:
@@ -269,6 +292,6 @@ def _native(request: Request, parameters: Mapping[str, nn.Parameter]) -> set[str
     return {
         name
         for name, parameter in parameters.items()
-        if request.encoding.need(name) is Need.ROWS
+        if request.encoding.need(name) in (Need.ROWS, Need.PLACES)
         or (request.encoding.need(name) is Need.NORMS and slots.get(name) == parameter.shape)
     }

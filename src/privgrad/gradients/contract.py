@@ -60,7 +60,9 @@ class Need(IntEnum):
     """Norms and weighted sums only: nothing need be materialised."""
     ROWS = 1
     """Some rows (first index) of the parameter only, or none: the others need never be computed. The slot has its name."""
-    COORDINATES = 2
+    PLACES = 2
+    """Some coordinates (of the flattened parameter) only, as a vector. The slot has its name."""
+    COORDINATES = 3
     """Every coordinate of every unit's gradient: [units, *shape]."""
 
 
@@ -75,8 +77,8 @@ class Encoding(Protocol):
         """What the map needs of one parameter."""
         ...
 
-    def rows(self, parameter: str) -> Tensor | None:
-        """The rows of a parameter with `Need.ROWS`, increasing; None for others."""
+    def places(self, parameter: str) -> Tensor | None:
+        """The rows of a parameter with `Need.ROWS`, the coordinates of one with `Need.PLACES`, increasing; None for others."""
         ...
 
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -100,7 +102,7 @@ class Identity:
     def need(self, parameter: str) -> Need:
         return Need.NORMS
 
-    def rows(self, parameter: str) -> Tensor | None:
+    def places(self, parameter: str) -> Tensor | None:
         return None
 
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -236,8 +238,8 @@ class Sums:
 
 
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:
-    """The parameters of which the encoding wants no row at all."""
-    return {name for name in parameters if (rows := encoding.rows(name)) is not None and len(rows) == 0}
+    """The parameters of which the encoding wants nothing at all."""
+    return {name for name in parameters if (places := encoding.places(name)) is not None and len(places) == 0}
 
 
 def accumulation_dtype(model: nn.Module) -> torch.dtype:

@@ -33,17 +33,18 @@ from privgrad.gradients.contract import (
     Fold,
     Identity,
     LossFn,
+    Need,
     Request,
     Tree,
     accumulation_dtype,
     masked,
     trainable,
 )
+from privgrad.gradients.folding import Folding
 from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 from privgrad.gradients.memory import Saved, Workspace, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
-from privgrad.gradients.terms import Folding
 from privgrad.gradients.vmap import VmapEngine
 
 
@@ -59,7 +60,7 @@ class OnePassEngine:
     def __init__(self, memory: int | None = None, *, rules: Mapping[Any, Rule] | None = None) -> None:
         self.memory = memory
         self.rules = {**RULES, **(rules or {})}
-        self._rows_per_chunk: int | None = None
+        self._rows_per_chunk: dict[Need, int] = {}
         self._slower: Engine | None = None
         self._workspace = Workspace()
 
@@ -68,12 +69,13 @@ class OnePassEngine:
         if len(request.fold.index) == 0:
             return
         module, parameters = WithLoss(model, loss_fn), trainable(model)
-        if self._rows_per_chunk is None:
-            self._rows_per_chunk = self._try_one_row(module, parameters, request)
+        most = max(request.encoding.need(name) for name in parameters)
+        if most not in self._rows_per_chunk:
+            self._rows_per_chunk[most] = self._try_one_row(module, parameters, request)
         asleep = masked(request.encoding, parameters)
         awake = {name: parameter for name, parameter in parameters.items() if name not in asleep}
         count = len(request.fold.index)
-        rows = count if self._slower is not None else even(count, self._rows_per_chunk)
+        rows = count if self._slower is not None else even(count, self._rows_per_chunk[most])
         for batch, fold in chunks(request.batch, request.fold, rows):
             part = replace(request, batch=batch, fold=fold)
             if self._slower is not None:
@@ -222,7 +224,7 @@ def _trial(request: Request) -> Request:
 
 
 def _unmasked(request: Request, parameters: Mapping[str, nn.Parameter]) -> Request:
-    """The request if all parameters took part: other ones do in other steps, and chunks are sized once."""
+    """The request if all parameters took part: other ones do in other steps, and chunks are sized once for each need."""
     if not masked(request.encoding, parameters):
         return request
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

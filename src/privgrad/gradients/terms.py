@@ -14,80 +14,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from privgrad.gradients.contract import Fold, weighted_sum
-from privgrad.gradients.products import batched_product, weighted_product
+from privgrad.gradients.contract import weighted_sum
+from privgrad.gradients.folding import Folding
+from privgrad.gradients.products import batched_product, linear, weighted_product
 
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 _LOST = 4.0
 """So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
 
-_FILLING = 2.5
-"""So many times their rows may units of different sizes take in a product: beyond it their gradients are multiplied out."""
-
 _TRAFFIC = 96
 """What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
-
-
-@dataclass(frozen=True)
-class Folding:
-    """A fold on the model's device, and what terms want to know of it.
-
-    each: rows per unit where all units have as many; None where they differ.
-    most: rows of the largest unit.
-    """
-
-    index: Tensor
-    units: int
-    scale: Tensor | None
-    each: int | None
-    most: int
-
-    @staticmethod
-    def of(fold: Fold, device: torch.device) -> Folding:
-        """The fold, moved to the device."""
-        if fold.is_identity:
-            return Folding(fold.index, fold.units, None, 1, 1)
-        counts = fold.index.bincount(minlength=fold.units)
-        same = bool((counts == counts[0]).all())
-        scale = None if fold.scale is None else fold.scale.to(device)
-        return Folding(fold.index.to(device), fold.units, scale, int(counts[0]) if same else None, int(counts.max()))
-
-    def scaled(self, gradient: Tensor) -> Tensor:
-        """A gradient [rows, ...] with each row's factor."""
-        if self.scale is None:
-            return gradient
-        return gradient * self.scale.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
-
-    def sum(self, rows: Tensor) -> Tensor:
-        """[rows, ...] to [units, ...]."""
-        if self.each == 1:
-            return rows
-        if self.each is not None:
-            return rows.view(self.units, self.each, *rows.shape[1:]).sum(1)
-        return rows.new_zeros(self.units, *rows.shape[1:]).index_add_(0, self.index, rows)
-
-    @property
-    def joins(self) -> bool:
-        """True where units are of about the same size, so that `joined` does not fill up too much."""
-        return self.each is not None or self.units * self.most <= _FILLING * len(self.index)
-
-    def joined(self, rows: Tensor) -> Tensor:
-        """[rows, T, ...] to [units, most * T, ...]: a unit's rows side by side, and zeros up to the largest unit's size."""
-        if self.each is None:
-            counts = self.index.bincount(minlength=self.units)
-            within = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[self.index]
-            filled = rows.new_zeros(self.units * self.most, *rows.shape[1:])
-            rows = filled.index_copy_(0, self.index * self.most + within, rows)
-        return rows.reshape(self.units, -1, *rows.shape[2:])
 
 
 Take = Callable[[int, torch.Size, Tensor], Tensor]
 """take(rows, shape, like): a buffer [rows, *shape], see `memory.Workspace`."""
 
 
-class Term(Protocol):
-    """A share of a weight's gradients, [units, *shape] (before `folded`: [rows, *shape]), in float32 or wider."""
+class Share(Protocol):
+    """A share of a weight's gradients, [units, *shape], in float32 or wider, as it waits for the weights of the units."""
 
     def dense(self) -> Tensor:
         """The gradients themselves."""
@@ -101,6 +46,10 @@ class Term(Protocol):
         """[*shape]: the sum of weights [units] times gradients; units in the mask `dropped` are selected out, not multiplied."""
         ...
 
+
+class Term(Share, Protocol):
+    """A share as an operator's rule has it; before `folded` it is [rows, *shape]."""
+
     def cut(self, rows: Tensor) -> Term:
         """Some rows (first index of the parameter) of the gradients only."""
         ...
@@ -109,14 +58,18 @@ class Term(Protocol):
         """From rows to units."""
         ...
 
-    def kept(self, take: Take) -> Term:
+    def kept(self, take: Take) -> Share:
         """The form in which to wait for the weights: multiplied out, where that is cheaper, into a buffer from `take`."""
         ...
 
+    def masked(self, mask: Tensor, take: Take) -> Share:
+        """The same, with zeros where the mask [*shape] has zeros; elsewhere it has ones."""
+        ...
 
-def tensors(term: Term) -> Iterator[Tensor]:
-    """A term's tensors, with those of the terms that it is the sum of."""
-    for value in vars(term).values():
+
+def tensors(share: Share) -> Iterator[Tensor]:
+    """A share's tensors, with those of the terms that it is the sum of."""
+    for value in vars(share).values():
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list):
@@ -166,6 +119,9 @@ class Rows:
 
     def kept(self, take: Take) -> Rows:
         return self
+
+    def masked(self, mask: Tensor, take: Take) -> Rows:
+        return Rows(self.gradient * mask)
 
 
 @dataclass
@@ -222,34 +178,79 @@ class Outer:
             else Outer(folding.joined(self.left), folding.joined(self.right))
         )
 
-    def kept(self, take: Take) -> Term:
+    def kept(self, take: Take) -> Share:
         """Two T x T Gram matrices, or the gradients written once and read twice, whichever costs less."""
         positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
         positions *= 1 if self.ragged is None else self.ragged.most
         if positions > 1 and 2 * positions**2 * (rows + columns) > _TRAFFIC * rows * columns:
-            units = self.joined()
-            buffer = take(len(units.left), torch.Size((rows, columns)), units.left)
-            return Rows(batched_product(units.left.transpose(1, 2), units.right, buffer))
+            return self._multiplied_out(take)
         return self
+
+    def masked(self, mask: Tensor, take: Take) -> Share:
+        units = self.joined()
+        if units.left.shape[1] == 1:
+            return MaskedProduct(units.left.squeeze(1), units.right.squeeze(1), mask)
+        rows = units._multiplied_out(take)
+        rows.gradient.mul_(mask)
+        return rows
+
+    def _multiplied_out(self, take: Take) -> Rows:
+        units = self.joined()
+        buffer = take(len(units.left), torch.Size((units.left.shape[2], units.right.shape[2])), units.left)
+        return Rows(batched_product(units.left.transpose(1, 2), units.right, buffer))
+
+
+@dataclass
+class MaskedProduct:
+    """One outer product a unit, of left [units, p] and right [units, d], with zeros where mask [p, d] has them."""
+
+    left: Tensor
+    right: Tensor
+    mask: Tensor
+
+    def dense(self) -> Tensor:
+        return self.left[:, :, None] * self.right[:, None, :] * self.mask
+
+    def squares(self) -> Tensor:
+        """Sum over i, j of left_i^2 mask_ij right_j^2: a product with the mask, and nothing cancels.
+
+        Of vectors of length 1, since squares may leave the range of floats; what is then too small to be squared is less than
+        what is added.
+        """
+        left, right = _lengths(self.left), _lengths(self.right)
+        rows, columns = (self.left / _or_one(left)).square(), (self.right / _or_one(right)).square()
+        kept: Tensor = torch.linalg.vecdot(linear(columns, self.mask), rows)
+        return upwards((kept.sqrt() * (left * right)).square(), left * right)
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        left, right = select(self.left, dropped), select(self.right, dropped)
+        return weighted_product(left, weights.to(left), right).mul_(self.mask)
 
 
 @dataclass
 class Lookup:
-    """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T."""
+    """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T.
+
+    mask: of `masked`.
+    """
 
     index: Tensor
     right: Tensor
     count: int
+    mask: Tensor | None = None
 
     def dense(self) -> Tensor:
         units, _, width = self.right.shape
         table = self.right.new_zeros(units * self.count, width)
-        return table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
+        table = table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
+        return table if self.mask is None else table.mul_(self.mask)
 
     def squares(self) -> Tensor:
         places, inverse = torch.unique(self._places(), return_inverse=True)
         touched = self.right.new_zeros(len(places), self.right.shape[2])
         touched.index_add_(0, inverse, self.right.flatten(0, 1))
+        if self.mask is not None:
+            touched.mul_(self.mask[places % self.count])
         lengths: Tensor = torch.linalg.vector_norm(touched, dim=1)
         squares = lengths.square()
         squares = squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
@@ -258,7 +259,8 @@ class Lookup:
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
         table = right.new_zeros(self.count, right.shape[2])
-        return table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
+        table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
+        return table if self.mask is None else table.mul_(self.mask)
 
     def cut(self, rows: Tensor) -> Lookup:
         places = torch.full((self.count,), -1, device=self.index.device)
@@ -275,6 +277,9 @@ class Lookup:
 
     def kept(self, take: Take) -> Lookup:
         return self
+
+    def masked(self, mask: Tensor, take: Take) -> Lookup:
+        return replace(self, mask=mask)
 
     def _places(self) -> Tensor:
         units = torch.arange(len(self.index), device=self.index.device)
@@ -310,6 +315,9 @@ class Sum:
     def kept(self, take: Take) -> Sum:
         return self
 
+    def masked(self, mask: Tensor, take: Take) -> Rows:
+        return Rows(self.dense().mul_(mask))
+
 
 def combined(terms: Sequence[Term]) -> Term:
     """One term for all uses of a weight: norms are norms of the sum over uses."""
@@ -335,6 +343,11 @@ def combined(terms: Sequence[Term]) -> Term:
 def _lengths(tensor: Tensor) -> Tensor:
     lengths: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
     return lengths
+
+
+def _or_one(lengths: Tensor) -> Tensor:
+    """[units, 1]: lengths to divide by, where a vector of zeros stays one."""
+    return torch.where(lengths == 0, 1.0, lengths)[:, None]
 
 
 def _squares(tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class _Written:
     def need(self, parameter: str) -> Need:
         return Need.COORDINATES
 
-    def rows(self, parameter: str) -> Tensor | None:
+    def places(self, parameter: str) -> Tensor | None:
         return None
 
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

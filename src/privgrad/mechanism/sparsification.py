@@ -127,11 +127,11 @@ class Kept:
     def need(self, parameter: str) -> Need:
         if self._whole(parameter):
             return Need.NORMS
-        return Need.ROWS if self._rows_of(parameter) else Need.COORDINATES
+        return Need.ROWS if self._rows_of(parameter) else Need.PLACES
 
-    def rows(self, parameter: str) -> Tensor | None:
-        """The kept rows of a parameter that needs `Need.ROWS`."""
-        return self._places[parameter] if self.need(parameter) is Need.ROWS else None
+    def places(self, parameter: str) -> Tensor | None:
+        """The kept rows or coordinates of a parameter, unless all are."""
+        return None if self._whole(parameter) else self._places[parameter]
 
     def encode(self, gradients: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         encoded = {}

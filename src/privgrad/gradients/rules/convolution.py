@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
+from privgrad.gradients.folding import Folding
 from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
-from privgrad.gradients.terms import TRUSTED, Folding, Rows, Take, Term, select, upwards, wide
+from privgrad.gradients.terms import TRUSTED, Rows, Share, Take, Term, select, upwards, wide
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000
@@ -40,7 +41,10 @@ class Convolution:
     def dense(self) -> Tensor:
         return self._multiplied_out(lambda units, shape, like: like.new_empty(units, *shape)).gradient
 
-    def _multiplied_out(self, take: Take) -> Rows:
+    def masked(self, mask: Tensor, take: Take) -> Rows:
+        return self._multiplied_out(take, mask)
+
+    def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
         A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
@@ -59,6 +63,8 @@ class Convolution:
                 self.geometry,
                 count * self.geometry.groups,
             ).view(count, *shape)
+            if mask is not None:
+                part.mul_(mask)
             rows[first : first + some] = part
             squares.append(Rows(part).squares())
         if self.geometry.images > 1:
@@ -109,7 +115,7 @@ class Convolution:
             return Rows(folding.sum(self.dense()))
         return replace(self, geometry=replace(self.geometry, images=self.geometry.images * folding.each))
 
-    def kept(self, take: Take) -> Term:
+    def kept(self, take: Take) -> Share:
         """Gram matrices where gradients are too large for the cache, and would take about as many operations."""
         geometry, weights = self.geometry, math.prod(self.geometry.shape)
         positions = geometry.images * math.prod(self.gradient.shape[2:])
