@@ -13,6 +13,7 @@ FAULTS = "tests/faults/test_faults.py"
 GROUPS = "tests/mechanism/test_groups.py"
 GROUPED = "tests/gradients/test_grouped.py"
 LAYERWISE = "tests/mechanism/test_layerwise.py"
+MASKS = "tests/gradients/test_masks.py"
 MIXED = "tests/privacy/test_mixed.py"
 MIXING = "tests/mechanism/test_mixing.py"
 SPARSIFICATION = "tests/mechanism/test_sparsification.py"
@@ -218,7 +219,7 @@ MUTANTS = (
     Mutant(
         "what was written over after it was measured is summed",
         "gradients/collector.py",
-        "        if _versions(term) != versions:\n",
+        "        if _versions(share) != versions:\n",
         "        if False:\n",
         (ONEPASS,),
     ),
@@ -287,7 +288,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row's factor is forgotten",
-        "gradients/terms.py",
+        "gradients/folding.py",
         "        if self.scale is None:\n            return gradient\n",
         "        return gradient\n",
         (FOLDS,),
@@ -860,7 +861,7 @@ MUTANTS = (
     ),
     Mutant(
         "groups of different sizes: rows overwrite one another",
-        "gradients/terms.py",
+        "gradients/folding.py",
         "(counts.cumsum(0) - counts)[self.index]",
         "counts.cumsum(0)[self.index].clamp(max=0)",
         (GROUPED,),
@@ -910,8 +911,8 @@ MUTANTS = (
     Mutant(
         "coordinates are not cut",
         "gradients/collector.py",
-        "                elif cap is None:",
-        "                elif True:",
+        "                if cap is not None:",
+        "                if False:",
         (CLIPPING,),
     ),
     Mutant(
@@ -1048,6 +1049,41 @@ MUTANTS = (
         "self.right.masked_fill((found < 0)[..., None], 0)",
         "self.right",
         (SPARSIFICATION,),
+    ),
+    Mutant(
+        "the last kept coordinate is not in the norm",
+        "gradients/collector.py",
+        "    zeros.view(-1)[places.to(weight.device)] = 1",
+        "    zeros.view(-1)[places[:-1].to(weight.device)] = 1",
+        (MASKS,),
+    ),
+    Mutant(
+        "other coordinates are released than the norm is of",
+        "gradients/collector.py",
+        "value.flatten()[places.to(value.device)]",
+        "value.flatten()[: len(places)]",
+        (MASKS,),
+    ),
+    Mutant(
+        "numbers too small to be squared are lost from a masked norm",
+        "gradients/terms.py",
+        "return upwards((kept.sqrt() * (left * right)).square(), left * right)",
+        "return (kept.sqrt() * (left * right)).square()",
+        (MASKS,),
+    ),
+    Mutant(
+        "the mask of a table is that of its transpose",
+        "gradients/terms.py",
+        "touched.mul_(self.mask[places % self.count])",
+        "touched.mul_(self.mask[places // self.count])",
+        (MASKS,),
+    ),
+    Mutant(
+        "a unit that is left out stays in a masked sum",
+        "gradients/terms.py",
+        "        left, right = select(self.left, dropped), select(self.right, dropped)\n        return weighted_product",
+        "        left, right = self.left, self.right\n        return weighted_product",
+        (MASKS,),
     ),
     Mutant(
         "the mask is drawn with secret randomness",
