@@ -239,7 +239,7 @@ MUTANTS = (
     ),
     Mutant(
         "weights are applied to NaN by multiplication",
-        "gradients/terms.py",
+        "gradients/norms.py",
         "    if dropped is None:\n        return tensor\n",
         "    return tensor\n",
         (POISON,),
@@ -260,7 +260,7 @@ MUTANTS = (
     ),
     Mutant(
         "norms are not rounded upwards",
-        "gradients/terms.py",
+        "gradients/norms.py",
         "_LOST = 4.0",
         "_LOST = 0.0",
         (f"{ONEPASS}::test_rounding_lets_no_unit_contribute_more_than_its_norm",),
@@ -268,8 +268,8 @@ MUTANTS = (
     Mutant(
         "tiny times huge has the norm zero",
         "gradients/terms.py",
-        "return (_lengths(units.left) * _lengths(units.right)).square()",
-        "return _squares(units.left) * _squares(units.right)",
+        "return (norms_of(units.left) * norms_of(units.right)).square()",
+        "return norms_of(units.left).square() * norms_of(units.right).square()",
         (f"{ONEPASS}::test_the_norm_of_a_product_does_not_leave_the_range_of_floats",),
     ),
     Mutant(

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from privgrad.gradients.batched import NotCoveredError, any_batched, level, on_rows
 from privgrad.gradients.collector import Collector, Weight
-from privgrad.gradients.terms import Rows, Term, wide
+from privgrad.gradients.norms import wide
+from privgrad.gradients.terms import Rows, Term
 
 Rule = Callable[..., Any]
 """rule(scope, *args, **kwargs) with an operator's own arguments: its output, or NotImplemented for copies per row."""

@@ -12,7 +12,8 @@ from privgrad.gradients.batched import NotCoveredError
 from privgrad.gradients.contract import Identity, Need, Request, add_weighted, masked
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.memory import Workspace
-from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, tensors, wide
+from privgrad.gradients.norms import wide
+from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, tensors
 
 _SMALL = 2**19
 """Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""

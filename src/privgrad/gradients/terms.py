@@ -16,12 +16,8 @@ from torch import Tensor
 
 from privgrad.gradients.contract import weighted_sum
 from privgrad.gradients.folding import Folding
+from privgrad.gradients.norms import TRUSTED, directions, norms_of, select, upwards
 from privgrad.gradients.products import batched_product, linear, weighted_product
-
-TRUSTED = 1e-4
-"""A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
-_LOST = 4.0
-"""So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
 
 _TRAFFIC = 96
 """What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
@@ -76,19 +72,6 @@ def tensors(share: Share) -> Iterator[Tensor]:
             yield from (tensor for part in value for tensor in tensors(part))
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """float32, where a tensor has less: norms and sums are never kept in less."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def select(tensor: Tensor, dropped: Tensor | None) -> Tensor:
-    """A tensor [units, ...] with zeros for the dropped units: 0 * NaN would be NaN."""
-    if dropped is None:
-        return tensor
-    selected: Tensor = tensor.masked_fill(dropped.view(-1, *[1] * (tensor.dim() - 1)), 0)
-    return selected
-
-
 @dataclass
 class Rows:
     """The gradients themselves, [units, *shape]. known: their squared norms, where they were taken on the way."""
@@ -100,7 +83,7 @@ class Rows:
         return self.gradient
 
     def squares(self) -> Tensor:
-        return _squares(self.gradient) if self.known is None else self.known
+        return norms_of(self.gradient).square() if self.known is None else self.known
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None, cap: float | None = None) -> Tensor:
         _, factors, flat = self.weighted(weights, dropped)
@@ -149,7 +132,7 @@ class Outer:
         units = self.joined()
         if units.left.shape[1] == 1:
             # Lengths first: their squares may leave the range of floats where the product does not.
-            return (_lengths(units.left) * _lengths(units.right)).square()
+            return (norms_of(units.left) * norms_of(units.right)).square()
         return _trusted(_inner(units, units), [units])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
@@ -217,8 +200,8 @@ class MaskedProduct:
         Of vectors of length 1, since squares may leave the range of floats; what is then too small to be squared is less than
         what is added.
         """
-        left, right = _lengths(self.left), _lengths(self.right)
-        rows, columns = (self.left / _or_one(left)).square(), (self.right / _or_one(right)).square()
+        left, right = norms_of(self.left), norms_of(self.right)
+        rows, columns = directions(self.left, left).square(), directions(self.right, right).square()
         kept: Tensor = torch.linalg.vecdot(linear(columns, self.mask), rows)
         return upwards((kept.sqrt() * (left * right)).square(), left * right)
 
@@ -340,20 +323,6 @@ def combined(terms: Sequence[Term]) -> Term:
     return Sum([term.joined() if isinstance(term, Outer) else term for term in joined])
 
 
-def _lengths(tensor: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
-    return lengths
-
-
-def _or_one(lengths: Tensor) -> Tensor:
-    """[units, 1]: lengths to divide by, where a vector of zeros stays one."""
-    return torch.where(lengths == 0, 1.0, lengths)[:, None]
-
-
-def _squares(tensor: Tensor) -> Tensor:
-    return _lengths(tensor).square()
-
-
 def _inner(one: Outer | Lookup, other: Outer | Lookup) -> Tensor:
     """[units]: the inner products of two terms' gradients, from Gram matrices over their positions."""
     if isinstance(one, Lookup):
@@ -396,16 +365,5 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
                 for term in terms
             ),
         )
-        rounded[unit] = upwards(_squares(gradient)[0], largest[unit])
+        rounded[unit] = upwards(norms_of(gradient)[0].square(), largest[unit])
     return rounded
-
-
-def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tensor:
-    """Squared norms, with what rounding may have taken from them, and what it may add to the weighted sum, whose order differs.
-
-    largest: the norms if nothing cancelled. by_gram: the squares themselves are sums of products that cancel.
-    """
-    lost = _LOST * torch.finfo(squares.dtype).eps
-    if by_gram:
-        squares = squares + lost * largest.square()
-    return (squares.sqrt() + lost * largest).square()

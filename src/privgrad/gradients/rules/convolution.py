@@ -16,10 +16,11 @@ from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.folding import Folding
+from privgrad.gradients.norms import TRUSTED, select, upwards, wide
 from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
-from privgrad.gradients.terms import TRUSTED, Rows, Share, Take, Term, select, upwards, wide
+from privgrad.gradients.terms import Rows, Share, Take, Term
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000

@@ -13,7 +13,8 @@ from privgrad.gradients import products
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
-from privgrad.gradients.terms import Outer, Rows, Term, wide
+from privgrad.gradients.norms import wide
+from privgrad.gradients.terms import Outer, Rows, Term
 
 
 def linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
-from privgrad.gradients.terms import Rows, Term, wide
+from privgrad.gradients.norms import wide
+from privgrad.gradients.terms import Rows, Term
 
 
 def layer_norm(
