@@ -29,6 +29,7 @@ GROUP_SIZE = 32
 SPARSE = pg.RandomSparsification(final_ratio=0.9, ramp=False, structure="rows")
 LAYERS = pg.RandomSparsification(final_ratio=0.9, ramp=False, structure="layers", refreshes=100)
 """Other layers at every step: the benchmark's epoch has 100."""
+ELEMENTS = pg.RandomSparsification(final_ratio=0.9, ramp=False)
 BARE = pg.RandomSparsification(final_ratio=0.999, ramp=False, structure="rows")
 """Hardly a row is left: what a private step costs without weight gradients, norms and noise."""
 
@@ -162,6 +163,7 @@ ENGINES: dict[str, Callable[[Bench], Step]] = {
     "privgrad-group": grouped,
     "privgrad-sparse": lambda bench: private(bench, compression=SPARSE),
     "privgrad-sparse-layers": lambda bench: private(bench, compression=LAYERS),
+    "privgrad-sparse-elements": lambda bench: private(bench, compression=ELEMENTS),
     "privgrad-bare": lambda bench: private(bench, compression=BARE),
     "privgrad-unnoised": unnoised,
     "vmap": lambda bench: private(bench, VmapEngine()),

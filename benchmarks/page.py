@@ -121,14 +121,15 @@ libraries' machine code that the steps were the first to read, which all process
 
 {_memory_words(memory["rows"])}
 
-## Structured sparsification
+## Random sparsification
 
 `{sparse["command"]}`:
-WRN-16-4 with 90 % masked, `compression = random_sparsification`.
+90 % masked, `compression = random_sparsification`; ratios to plain training, as above.
 
 {_sparse_table(sparse["rows"])}
 
-`rows`: of each weight; the weight gradient of a few rows still reads all inputs. `layers`: whole layers, others at each step;
+`elements`: single coordinates, as in the paper; all gradients are computed. `rows`: of each weight; the weight gradient of a few
+rows still reads all inputs. `layers`: whole layers, others at each step;
 below the lowest that takes part no gradient is computed. `bare`: hardly a row is left, but all input gradients are.
 {_sparse_words(sparse["rows"])}
 
@@ -254,31 +255,30 @@ def _memory_words(rows: Rows) -> str:
 
 
 def _sparse_table(rows: Rows) -> str:
-    words = {
+    masks = {
         "privgrad-flat": "no mask",
+        "privgrad-sparse-elements": "elements",
         "privgrad-sparse": "rows",
         "privgrad-sparse-layers": "layers",
         "privgrad-bare": "bare",
     }
     cells = by_cell(rows)
-    base = cells["wrn-16-4-gn", "privgrad-flat"]["seconds"]
     lines = []
-    for engine, name in words.items():
-        row = cells["wrn-16-4-gn", engine]
-        lines.append([name, f"{row['time_ratio']:.2f}", f"{row['memory_ratio']:.2f}", f"{base / row['seconds']:.2f}"])
-    return _table(["mask", "time", "memory", "times as fast as without"], lines)
+    for engine, mask in masks.items():
+        ratios = [(cells[model, engine]["time_ratio"], cells[model, engine]["memory_ratio"]) for model in MODELS]
+        lines.append([mask, *(f"{time:.2f} / {memory:.2f}" for time, memory in ratios)])
+    return _table(["time / memory", *MODELS.values()], lines)
 
 
 def _sparse_words(rows: Rows) -> str:
-    cells = by_cell(rows)
-    whole, bare = (cells["wrn-16-4-gn", engine]["time_ratio"] for engine in ("privgrad-flat", "privgrad-bare"))
-    shares = {
-        name: (whole - cells["wrn-16-4-gn", engine]["time_ratio"]) / (whole - bare)
-        for name, engine in (("rows", "privgrad-sparse"), ("layers", "privgrad-sparse-layers"))
-    }
+    times = {engine: row["time_ratio"] for (model, engine), row in by_cell(rows).items() if model == "wrn-16-4-gn"}
+    whole = times["privgrad-flat"]
+    cost = whole - times["privgrad-bare"]
+    by_rows, by_layers = times["privgrad-sparse"], times["privgrad-sparse-layers"]
     return (
-        f"So `rows` removes {shares['rows']:.0%} of what weight gradients, norms and noise cost (no mask less `bare`), and\n"
-        f"`layers` {shares['layers']:.0%}: input gradients go, too."
+        f"On WRN-16-4 `rows` removes {(whole - by_rows) / cost:.0%} of what weight gradients, norms and noise cost\n"
+        f"(no mask less `bare`) and makes the step {whole / by_rows:.2f} times as fast; `layers` removes\n"
+        f"{(whole - by_layers) / cost:.0%}, since input gradients go, too, and makes it {whole / by_layers:.2f} times as fast."
     )
 
 
