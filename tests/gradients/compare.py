@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from privgrad.gradients.contract import Encoding, Engine, Fold, Identity, LossFn, Request, Sums, Tree, trainable
+from privgrad.gradients.onepass import OnePassEngine
 from tests.helpers import loop_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -108,3 +111,23 @@ def close(given: Tensor, wanted: Tensor, limit: float, what: str) -> None:
     error = (given.double() - wanted.double()).abs()
     allowed = limit * (wanted.double() + 1e-3 * wanted.double().max())
     assert (error <= allowed + 1e-12).all(), f"{what}: {given} instead of {wanted}"
+
+
+def covered(engine: OnePassEngine | None = None, /, *args: Any, **kwargs: Any) -> Recording:
+    """`agrees`, and the model did not fall back: it would agree whatever the rules do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return agrees(engine or OnePassEngine(), *args, **kwargs)
+
+
+def accumulate(
+    engine: OnePassEngine, model: nn.Module, loss_fn: Any, batch: tuple[Tensor, ...], rule: Recording
+) -> Sums:
+    """One step's sums under a rule, with nothing to compare them to."""
+    shapes = {name: p.shape for name, p in trainable(model).items()}
+    sink = Sums(shapes, torch.device("cpu"), torch.float32)
+    blocks = [tuple(shapes)] if rule.weights.shape[1] == 1 else [(name,) for name in shapes]
+    engine.accumulate(
+        model, loss_fn, Request(batch, Fold.identity(len(batch[0])), Identity(shapes), blocks, rule, sink)
+    )
+    return sink

@@ -20,11 +20,12 @@ SPARSIFICATION = "tests/mechanism/test_sparsification.py"
 PUBLIC_NORM = "tests/nn/test_public_norm.py"
 STATISTICS = "tests/mechanism/test_private_statistics.py"
 FOLDS = "tests/gradients/test_onepass.py::test_rows_fold_into_units"
+NOT_COVERED = "tests/gradients/test_not_covered.py"
 ONEPASS = "tests/gradients/test_onepass.py"
 OPERATORS = "tests/gradients/test_onepass.py::test_operators_agree_with_a_loop"
 POISON = "tests/gradients/test_onepass.py::test_a_non_finite_gradient_contributes_exactly_zero"
 STREAMED = "tests/gradients/test_streamed.py"
-UNCOVERED = "tests/gradients/test_onepass.py::test_what_is_not_covered_falls_back_and_says_so_once"
+UNCOVERED = "tests/gradients/test_not_covered.py::test_what_is_not_covered_falls_back_and_says_so_once"
 VIEWS = "tests/training/test_views.py"
 VMAP = "tests/gradients/test_vmap.py"
 SUMS = "tests/gradients/test_sums.py"
@@ -221,14 +222,14 @@ MUTANTS = (
         "gradients/collector.py",
         "        if _versions(share) != versions:\n",
         "        if False:\n",
-        (ONEPASS,),
+        (NOT_COVERED,),
     ),
     Mutant(
         "a batch of which a part is summed starts anew with another engine",
         "gradients/onepass.py",
         "                if reason.late:\n",
         "                if False:\n",
-        (ONEPASS,),
+        (NOT_COVERED,),
     ),
     Mutant(
         "an uncovered parameter is dropped",
@@ -327,7 +328,7 @@ MUTANTS = (
         "gradients/loss.py",
         "    if found:\n",
         "    if False:\n",
-        (f"{ONEPASS}::test_a_backward_pass_with_side_effects_is_refused",),
+        (f"{NOT_COVERED}::test_a_backward_pass_with_side_effects_is_refused",),
     ),
     Mutant(
         "buffers carry over from group to group",

@@ -26,6 +26,9 @@ _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
+_LANES = 8
+"""oneDNN has kernels for so many output channels at a time."""
+
 _MANY_WEIGHTS = 100_000
 _SHARE = 0.35
 """From so many weights on, a Gram matrix of so many operations at most is cheaper than the gradients (measured on CPUs)."""
@@ -52,18 +55,16 @@ class Convolution:
         """
         images, shape = len(self.inputs), self.geometry.shape
         rows = take(images, shape, self.inputs)
+        reverse = self._reverse()
         squares = []
         some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
         for first in range(0, images, some):
             inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
-            count = len(inputs)
-            part = _weight_gradient(
-                inputs.reshape(1, -1, *inputs.shape[2:]),
-                gradient.reshape(1, -1, *gradient.shape[2:]),
-                inputs.new_empty(1).expand(count * shape[0], *shape[1:]),
-                self.geometry,
-                count * self.geometry.groups,
-            ).view(count, *shape)
+            if reverse is None:
+                part = _each_gradient(inputs, gradient, self.geometry)
+            else:
+                kernel = tuple(range(3, 3 + self.geometry.dims))
+                part = _each_gradient(gradient, inputs, reverse).transpose(1, 2).flip(kernel)
             if mask is not None:
                 part.mul_(mask)
             rows[first : first + some] = part
@@ -71,6 +72,21 @@ class Convolution:
         if self.geometry.images > 1:
             return Rows(rows.view(-1, self.geometry.images, *shape).sum(1))
         return Rows(rows, torch.cat(squares))
+
+    def _reverse(self) -> Geometry | None:
+        """For few rows, with which oneDNN is slow: the geometry in which input and output gradient have changed places.
+
+        Row o, channel i at offset k is the sum over t of gradient[o, t] inputs[i, t + k - p], and that over s of inputs[i, s]
+        gradient[o, s + k' - p'] with k' = K - 1 - k and p' = K - 1 - p: the same, backwards (K - 1 times the dilation).
+        """
+        geometry, (rows, channels, *kernel) = self.geometry, self.geometry.shape
+        if rows % _LANES == 0 or rows >= channels or geometry.groups > 1 or self.inputs.is_cuda:
+            return None
+        spans = [step * (size - 1) for step, size in zip(geometry.dilation, kernel, strict=True)]
+        padding = [span - pad for span, pad in zip(spans, geometry.padding, strict=True)]
+        if max(geometry.stride) > 1 or min(padding) < 0:
+            return None
+        return replace(geometry, shape=torch.Size([channels, rows, *kernel]), padding=padding)
 
     def squares(self) -> Tensor:
         """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
@@ -131,6 +147,18 @@ class Convolution:
             return images.flatten(2)
         units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)
         return units.flatten(2)
+
+
+def _each_gradient(inputs: Tensor, gradient: Tensor, geometry: Geometry) -> Tensor:
+    """[images, *shape]: every image's own weight gradient."""
+    images, shape = len(inputs), geometry.shape
+    return _weight_gradient(
+        inputs.reshape(1, -1, *inputs.shape[2:]),
+        gradient.reshape(1, -1, *gradient.shape[2:]),
+        inputs.new_empty(1).expand(images * shape[0], *shape[1:]),
+        geometry,
+        images * geometry.groups,
+    ).view(images, *shape)
 
 
 def _weight_gradient(inputs: Tensor, gradient: Tensor, weight: Tensor, geometry: Geometry, groups: int) -> Tensor:

@@ -1,0 +1,57 @@
+"""Weight gradients of convolutions, image by image, in whichever way they are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from privgrad.gradients.rules.convolution import Convolution
+from privgrad.gradients.rules.windows import Geometry
+
+FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Geometry]:
+    """Inputs [3, channels, ...], output gradients [3, rows, ...], and what the convolution is."""
+    dims = draw(st.integers(1, 3))
+    rows, channels = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    each: Any = st.lists(st.integers(1, 3), min_size=dims, max_size=dims)
+    kernel, dilation = draw(each), draw(each)
+    stride = draw(each) if draw(st.booleans()) else [1] * dims
+    padding = [draw(st.integers(0, size)) for size in kernel]
+    inputs = torch.randn(3, channels, *(7 + place for place in range(dims)), dtype=torch.float64)
+    geometry = Geometry(torch.Size([rows, channels, *kernel]), stride, padding, dilation, 1, 1)
+    gradient = torch.randn_like(_forward(inputs, inputs.new_zeros(geometry.shape), geometry))
+    return inputs, gradient, geometry
+
+
+def _forward(inputs: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return FORWARD[geometry.dims](inputs, weight, None, geometry.stride, geometry.padding, geometry.dilation)
+
+
+@given(convolutions())
+@settings(max_examples=150, deadline=None)
+def test_gradients_are_those_of_one_image_after_the_other(drawn: tuple[Tensor, Tensor, Geometry]) -> None:
+    inputs, gradient, geometry = drawn
+    expected = []
+    for image, given_gradient in zip(inputs.split(1), gradient.split(1), strict=True):
+        weight = inputs.new_zeros(geometry.shape, requires_grad=True)
+        expected += torch.autograd.grad(_forward(image, weight, geometry), weight, given_gradient)
+    torch.testing.assert_close(Convolution(inputs, gradient, geometry).dense(), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("rows", "reversed_"), [(1, True), (7, True), (8, False), (12, True), (16, False), (17, False)]
+)
+def test_few_rows_are_computed_backwards(rows: int, reversed_: bool) -> None:
+    """Where a kernel for several rows at a time would be mostly empty."""
+    geometry = Geometry(torch.Size([rows, 16, 3, 3]), [1, 1], [1, 1], [1, 1], 1, 1)
+    images = torch.randn(2, 16, 5, 5), torch.randn(2, rows, 5, 5)
+    assert (Convolution(*images, geometry)._reverse() is not None) is reversed_
