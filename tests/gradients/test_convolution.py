@@ -47,9 +47,7 @@ def test_gradients_are_those_of_one_image_after_the_other(drawn: tuple[Tensor, T
     torch.testing.assert_close(Convolution(inputs, gradient, geometry).dense(), torch.stack(expected))
 
 
-@pytest.mark.parametrize(
-    ("rows", "reversed_"), [(1, True), (7, True), (8, False), (12, True), (16, False), (17, False)]
-)
+@pytest.mark.parametrize(("rows", "reversed_"), [(1, True), (7, True), (8, False), (9, False)])
 def test_few_rows_are_computed_backwards(rows: int, reversed_: bool) -> None:
     """Where a kernel for several rows at a time would be mostly empty."""
     geometry = Geometry(torch.Size([rows, 16, 3, 3]), [1, 1], [1, 1], [1, 1], 1, 1)

@@ -18,6 +18,10 @@ from torch.nn import functional as F
 
 import privgrad as pg
 from privgrad.gradients import collector
+from privgrad.gradients.contract import Fold
+from privgrad.gradients.onepass import OnePassEngine
+from privgrad.mechanism.sparsification import STRUCTURES
+from tests.gradients.operators import squares
 from tests.helpers import full_batch_plan, rows, runner
 
 _FAULTS = """
@@ -65,6 +69,41 @@ def test_a_private_step_of_linear_layers_holds_little_more_than_a_plain_one(
     ordinary, most = most_held(plain), most_held(lambda: private.clipped_sum(batch, fold))
     assert sum(parameter.nbytes for parameter in model.parameters()) < ordinary
     assert most < times * ordinary
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("compression", [None, pg.RandomSparsification(0.5, ramp=False)], ids=["all", "masked"])
+def test_units_of_several_rows_stay_within_the_memory_that_was_given(views: int, compression: Any) -> None:
+    """A masked linear layer is a product for one row and is multiplied out for two."""
+    limit = 32 * 2**20
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 10))
+    engine = OnePassEngine(memory=limit)
+    plan = full_batch_plan(64, compression=compression)
+    step = runner(plan, model, pg.supervised(F.cross_entropy), engine=engine)
+    fold = Fold(torch.arange(64).repeat_interleave(views), 64, torch.full((64 * views,), 1 / views))
+    batch = torch.randn(64 * views, 1024), torch.randint(10, (64 * views,))
+    sums = sum(p.nbytes for p in model.parameters())
+    assert most_held(lambda: step.clipped_sum(batch, fold)) < 1.5 * limit + 2 * sums
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_chunks_are_of_one_size_whatever_is_masked(structure: str) -> None:
+    """A training that is resumed has seen other masks, and must give the same numbers."""
+    layers = [nn.Conv2d(before, 64, 3, padding=1) for before in (3, 64, 64)]
+    plan = pg.Plan(
+        sampling=pg.PoissonSampling(rate=0.5, divisor=64.0),
+        steps=8,
+        compression=pg.RandomSparsification(0.9, structure=structure),
+        noise=pg.GaussianNoise(multiplier=1.0),
+    )
+    step = runner(plan, nn.Sequential(*layers), squares, engine=OnePassEngine(memory=16 * 2**20))
+    inputs = torch.randn(64, 3, 8, 8)
+    for _ in range(7):
+        step.release((inputs,), Fold.identity(64))
+    through = step.clipped_sum((inputs,), Fold.identity(64)).values
+    step.engine = OnePassEngine(memory=16 * 2**20)
+    resumed = step.clipped_sum((inputs,), Fold.identity(64)).values
+    assert all(torch.equal(through[name], resumed[name]) for name in through)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep their own counsel")

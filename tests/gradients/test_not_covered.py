@@ -149,6 +149,22 @@ class Branches(nn.Module):
         return self.top(self.first(x) + hidden)
 
 
+def test_masks_that_come_later_do_not_make_it_choose_again() -> None:
+    plan = pg.Plan(
+        sampling=pg.PoissonSampling(rate=0.5, divisor=2.0),
+        steps=6,
+        compression=pg.RandomSparsification(0.5),
+        noise=pg.GaussianNoise(multiplier=1.0),
+    )
+    step = runner(plan, UNCOVERED["own gradient"][0](), squares, engine=OnePassEngine())
+    with pytest.warns(UserWarning, match="does not cover this model"):
+        step.release((torch.randn(4, 6),), Fold.identity(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            step.release((torch.randn(4, 6),), Fold.identity(4))
+
+
 @pytest.mark.filterwarnings("ignore:the one-pass engine does not cover")
 @pytest.mark.parametrize(("clipping", "bound"), [(pg.FlatClipping(1.0), 1.0), (pg.LayerwiseClipping(1.0), 6**0.5)])
 def test_gradients_that_the_model_writes_over_after_they_were_measured_exceed_no_bound(

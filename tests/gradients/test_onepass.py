@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import privgrad as pg
 from privgrad.gradients import collector
 from privgrad.gradients.contract import Fold, Need, Request, Sums, trainable
+from privgrad.gradients.norms import norms_of
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.rules.convolution import Convolution
 from privgrad.gradients.rules.windows import Geometry
@@ -250,6 +251,18 @@ def test_norms_survive_cancellation() -> None:
     assert bool((norms <= 1.01 * exact + 1e-6 * largest).all())
 
 
+def masked(left: Tensor, right: Tensor) -> Any:
+    """An outer product of which nothing is masked, multiplied out where it has several positions."""
+    mask = torch.ones(left.shape[2], right.shape[2])
+    return Outer(left, right).masked(mask, lambda rows, shape, like: like.new_empty(rows, *shape))
+
+
+def convolved(left: Tensor, right: Tensor) -> Convolution:
+    """The same product as that of a convolution of one pixel."""
+    geometry = Geometry(torch.Size([left.shape[2], right.shape[2], 1]), (1,), (0,), (1,), 1, 1)
+    return Convolution(right.transpose(1, 2).contiguous(), left.transpose(1, 2).contiguous(), geometry)
+
+
 @pytest.mark.parametrize("left_over", [1e-2, 1e-4, 1e-6, 1e-8])
 @pytest.mark.parametrize("kind", ["product", "lookup", "convolution"])
 def test_rounding_lets_no_unit_contribute_more_than_its_norm(kind: str, left_over: float) -> None:
@@ -267,16 +280,40 @@ def test_rounding_lets_no_unit_contribute_more_than_its_norm(kind: str, left_ove
             parts[:, -1] = left_over * torch.randn(width) - parts[:, :-1].sum(1)
             term = Lookup(torch.zeros(1, positions, dtype=torch.int64), parts, 3)
         if kind == "convolution":
-            geometry = Geometry(torch.Size([width, width, 1]), (1,), (0,), (1,), 1, 1)
-            term = Convolution(left.transpose(1, 2).contiguous(), right.transpose(1, 2).contiguous(), geometry)
+            term = convolved(right, left)
         weight = 1 / term.squares().sqrt()
         largest = max(largest, float(term.weighted_sum(weight, None).double().norm()))
     assert largest <= 1 + 1e-6
 
 
-def test_the_norm_of_a_product_does_not_leave_the_range_of_floats() -> None:
-    tiny, huge = torch.full((1, 1, 1), 2e-23), torch.full((1, 1, 1), 1e19)
-    torch.testing.assert_close(Outer(tiny, huge).squares().sqrt(), torch.tensor([2e-4]))
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("width", [1, 2, 1000])
+@pytest.mark.parametrize("form", [Outer, masked, convolved])
+def test_the_norm_of_a_product_does_not_leave_the_range_of_floats(form: Any, width: int, positions: int) -> None:
+    """One factor's squares are no numbers of float32, and the other is as large as its may be: in the sum they are seen."""
+    tiny, huge = torch.full((1, positions, width), 2e-23), torch.full((1, positions, width), 1e18 / width)
+    term = form(tiny, huge)
+    assert float(term.squares().sqrt()) >= float(term.weighted_sum(torch.ones(1), None).double().norm()) > 0
+    zero = form(torch.zeros_like(tiny), torch.ones_like(huge))
+    assert float(zero.squares().sqrt()) < 1e-10
+
+
+@pytest.mark.parametrize("count", [300, 1024, 150_528, 10_000_003])
+def test_norms_of_many_equal_numbers_are_not_too_small(count: int) -> None:
+    """Added up in order, float32 squares of ten million equal numbers lose a hundredth of their sum."""
+    for value in (0.7, 1 / 3, 0.1):
+        numbers = torch.full((1, count), value)
+        exact = float(numbers.double().norm())
+        assert exact <= float(norms_of(numbers)) <= exact * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(12_288, 10), (150_528, 2), (1_000_000, 1), (3, 200_000)])
+@pytest.mark.parametrize("compression", [None, pg.RandomSparsification(0.1, ramp=False)])
+def test_a_record_of_equal_pixels_is_no_longer_than_its_bound(sizes: tuple[int, int], compression: Any) -> None:
+    model = nn.Linear(*sizes, bias=False)
+    plan = full_batch_plan(1, clipping=pg.FlatClipping(1.0), compression=compression)
+    step = runner(plan, model, lambda m, batch: 10 * squares(m, batch))
+    assert float(as_vector(step.clipped_sum(*rows(torch.full((1, sizes[0]), 0.37)))).double().norm()) <= 1 + 2e-7
 
 
 def test_nothing_is_left_behind() -> None:
@@ -326,7 +363,7 @@ def test_dropout_draws_for_every_row_and_norms_are_of_what_is_summed() -> None:
         torch.manual_seed(1)
         rule = Recording(torch.eye(6)[:, unit : unit + 1])
         sink = accumulate(engine, model, cross_entropy, batch, rule)
-        torch.testing.assert_close(as_vector(sink).norm(), rule.norms[unit, 0])
+        torch.testing.assert_close(as_vector(sink).norm(), rule.norms[unit, 0], rtol=5e-6, atol=0)
         norms.append(float(rule.norms[unit, 0]))
     assert len(set(norms)) > 1, "equal rows have different masks"
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
+from privgrad.gradients.norms import norms_of
 from privgrad.gradients.products import weighted_product
 
 Tree = Any
@@ -237,6 +238,12 @@ class Sums:
         return {slot: self.at(slot) for slot in self._shapes}
 
 
+def most_needed(encoding: Encoding, parameters: Iterable[str]) -> Need:
+    """What the encoding needs of the parameter of which it needs most; rows count as norms, since others come in other steps."""
+    most = max(encoding.need(name) for name in parameters)
+    return most if most > Need.ROWS else Need.NORMS
+
+
 def masked(encoding: Encoding, parameters: Iterable[str]) -> set[str]:
     """The parameters of which the encoding wants nothing at all."""
     return {name for name in parameters if (places := encoding.places(name)) is not None and len(places) == 0}
@@ -254,7 +261,7 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
     Units whose norm is not finite get the weight 0 from the rule and are selected out before they touch a sum.
     """
     flats = {slot: vector.reshape(len(vector), -1) for slot, vector in vectors.items()}
-    lengths = {slot: torch.linalg.vector_norm(flat, dim=1) for slot, flat in flats.items()}
+    lengths = {slot: norms_of(flat) for slot, flat in flats.items()}
     squares = [torch.stack([lengths[slot].square() for slot in slots]).sum(0) for slots in request.blocks]
     norms = torch.stack(squares, dim=1).sqrt()
     weights = request.rule(norms, range(len(request.blocks)))
@@ -278,7 +285,7 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
 def _add_joined(joined: Joined, encoding: Encoding, weighted: Mapping[str, Tensor], sink: Sink) -> None:
     decoded: Mapping[str, Tensor] = torch.func.vmap(encoding.decode)(dict(weighted))
     flats = {name: value.reshape(len(value), -1) for name, value in decoded.items()}
-    norms = torch.stack([torch.linalg.vector_norm(flat, dim=1) for flat in flats.values()]).norm(dim=0)
+    norms = torch.stack([norms_of(flat) for flat in flats.values()]).norm(dim=0)
     scale = (joined.radius / norms).clamp_(max=1.0)
     for name, flat in flats.items():
         sink.add(name, weighted_sum(scale, flat, joined.cap).view(decoded[name].shape[1:]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from privgrad.gradients.contract import Fold, LossFn, Request, accumulation_dtype
+from privgrad.gradients.contract import Fold, LossFn, Need, Request, accumulation_dtype, most_needed, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.streamed import StreamedEngine
 
@@ -32,7 +32,7 @@ class MeanEngine:
         self._apart = apart
         self._one_pass = OnePassEngine()
         self._streamed = StreamedEngine(mean=True)
-        self._worth_it: bool | None = None
+        self._worth_it: dict[Need, bool] = {}
 
     def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
         """See `contract.Engine.accumulate`. `request.fold.index` may be in any order."""
@@ -40,9 +40,10 @@ class MeanEngine:
             self._streamed.accumulate(model, loss_fn, request)
             return
         together = _in_order(request, accumulation_dtype(model))
-        if self._worth_it is None and len(request.fold.index):
-            self._worth_it = self._tried(model, loss_fn, together)
-        if self._worth_it:
+        most = most_needed(request.encoding, trainable(model))
+        if most not in self._worth_it and len(request.fold.index):
+            self._worth_it[most] = self._tried(model, loss_fn, together)
+        if self._worth_it.get(most):
             self._one_pass.accumulate(model, loss_fn, together)
         else:
             self._streamed.accumulate(model, loss_fn, request)

@@ -1,6 +1,8 @@
-"""Norms of unit gradients, and what rounding may do to them: a norm that came out too small would break a bound."""
+"""Norms of unit gradients, never smaller than what they are the norms of: one that came out too small would break a bound."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,6 +11,10 @@ TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 _LOST = 4.0
 """So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
+_ADDED = 16.0
+"""So many machine epsilons may be lost by adding up `SLICE` squares in order (up to ten were seen)."""
+SLICE = 1024
+"""So many numbers are added up at once: float32 squares of ten million, in order, lose a hundredth of their sum."""
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -25,14 +31,22 @@ def select(tensor: Tensor, dropped: Tensor | None) -> Tensor:
 
 
 def norms_of(tensor: Tensor) -> Tensor:
-    """[units]: the l2 norms of a tensor [units, ...]."""
-    found: Tensor = torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1)
-    return found
+    """[units]: the l2 norms of a tensor [units, ...], rounded upwards."""
+    norms: Tensor = _by_slices(tensor.reshape(len(tensor), -1)) * (1 + _ADDED * torch.finfo(tensor.dtype).eps)
+    return norms
 
 
-def directions(vectors: Tensor, norms: Tensor) -> Tensor:
-    """Vectors [units, n] by their norms; zeros stay zeros."""
-    return vectors / torch.where(norms == 0, 1.0, norms)[:, None]
+def factors_of(tensor: Tensor) -> Tensor:
+    """[units]: the same for factors of a product, above zero, with what squares too small to be numbers may have hidden.
+
+    A hidden 1e-23 times the other factor's 1e19 would be seen again in the sum.
+    """
+    return norms_of(tensor) + math.sqrt(hidden(tensor[0].numel(), tensor.dtype))
+
+
+def hidden(count: int, dtype: torch.dtype) -> float:
+    """What a sum of so many squares may lack, and products of such sums too, next to what `upwards` adds."""
+    return count * torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
 def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tensor:
@@ -44,3 +58,17 @@ def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tenso
     if by_gram:
         squares = squares + lost * largest.square()
     return (squares.sqrt() + lost * largest).square()
+
+
+def _by_slices(rows: Tensor) -> Tensor:
+    """Norms of [units, n], of slices first and then of their norms."""
+    count = rows.shape[1]
+    whole = count // SLICE * SLICE
+    if count <= SLICE:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        return norms
+    slices: Tensor = torch.linalg.vector_norm(torch.unflatten(rows[:, :whole], 1, (-1, SLICE)), dim=2)
+    if whole < count:
+        rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
+        slices = torch.cat([slices, rest], dim=1)
+    return _by_slices(slices)

@@ -38,6 +38,7 @@ from privgrad.gradients.contract import (
     Tree,
     accumulation_dtype,
     masked,
+    most_needed,
     trainable,
 )
 from privgrad.gradients.folding import Folding
@@ -60,7 +61,7 @@ class OnePassEngine:
     def __init__(self, memory: int | None = None, *, rules: Mapping[Any, Rule] | None = None) -> None:
         self.memory = memory
         self.rules = {**RULES, **(rules or {})}
-        self._rows_per_chunk: dict[Need, int] = {}
+        self._rows_per_chunk: dict[tuple[Need, bool], int] = {}
         self._slower: Engine | None = None
         self._workspace = Workspace()
 
@@ -69,13 +70,13 @@ class OnePassEngine:
         if len(request.fold.index) == 0:
             return
         module, parameters = WithLoss(model, loss_fn), trainable(model)
-        most = max(request.encoding.need(name) for name in parameters)
-        if most not in self._rows_per_chunk:
-            self._rows_per_chunk[most] = self._try_one_row(module, parameters, request)
+        kind = (most_needed(request.encoding, parameters), request.fold.is_identity)
+        if self._slower is None and kind not in self._rows_per_chunk:
+            self._rows_per_chunk[kind] = self._try_one_unit(module, parameters, request)
         asleep = masked(request.encoding, parameters)
         awake = {name: parameter for name, parameter in parameters.items() if name not in asleep}
         count = len(request.fold.index)
-        rows = count if self._slower is not None else even(count, self._rows_per_chunk[most])
+        rows = count if self._slower is not None else even(count, self._rows_per_chunk[kind])
         for batch, fold in chunks(request.batch, request.fold, rows):
             part = replace(request, batch=batch, fold=fold)
             if self._slower is not None:
@@ -96,9 +97,7 @@ class OnePassEngine:
     def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request, rows: int) -> float:
         """The share of a gradient that would have to exist for a unit of so many rows; infinite for a model not covered."""
         module, parameters = WithLoss(model, loss_fn), trainable(model)
-        row = _trial(request)
-        batch = pytree.tree_map(lambda leaf: leaf.expand(rows, *leaf.shape[1:]).clone(), row.batch)
-        trial = replace(row, batch=batch, fold=Fold(torch.zeros(rows, dtype=torch.int64), 1), rule=_Nobody(False))
+        trial = replace(_trial(request, rows), rule=_Nobody(False))
         device = next(iter(parameters.values())).device
         try:
             with _unmoved_generators(device):
@@ -143,13 +142,16 @@ class OnePassEngine:
             losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
         return losses
 
-    def _try_one_row(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
-        """Rows per chunk, from what one row saves and keeps. Only sizes are looked at; they are the same for every row.
+    def _try_one_unit(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
+        """Rows per chunk, from what a row saves and a unit keeps. Only sizes are looked at; they are the same for every row.
+
+        Where units may have several rows, of two: what is a product of one row is often none of several.
 
         A model that this engine cannot take is noticed here.
         """
         device = next(module.parameters()).device
-        trial = _trial(_unmasked(request, parameters))
+        rows = 1 if request.fold.is_identity else 2
+        trial = _trial(_unmasked(request, parameters), rows)
         saved = Saved(module)
         reason = ""
         # torch.func.grad, where a model uses it, does not go together with counting.
@@ -157,7 +159,7 @@ class OnePassEngine:
             try:
                 with _unmoved_generators(device), counting:
                     kept = self._one_pass(module, parameters, trial).most
-                return rows_of(saved.bytes, kept, self.memory, device)
+                return rows_of(saved.bytes // rows, kept, self.memory, device)
             except torch.OutOfMemoryError:
                 raise
             except (NotCoveredError, RuntimeError) as error:
@@ -216,16 +218,16 @@ def _norms(engine: Engine, module: WithLoss, request: Request) -> Tensor:
     return torch.cat(rule.seen)
 
 
-def _trial(request: Request) -> Request:
-    """The first row alone, for nobody: no weight, no sum."""
-    row = pytree.tree_map(lambda leaf: leaf[:1].clone(), request.batch)
-    rule = _Nobody(request.rule.separable)
-    return replace(request, batch=row, fold=Fold.identity(1), rule=rule, sink=_Nowhere())
+def _trial(request: Request, rows: int = 1) -> Request:
+    """A unit of the first row alone, so many times, for nobody: no weight, no sum."""
+    batch = pytree.tree_map(lambda leaf: leaf[:1].expand(rows, *leaf.shape[1:]).clone(), request.batch)
+    fold = Fold(torch.zeros(rows, dtype=torch.int64), 1)
+    return replace(request, batch=batch, fold=fold, rule=_Nobody(request.rule.separable), sink=_Nowhere())
 
 
 def _unmasked(request: Request, parameters: Mapping[str, nn.Parameter]) -> Request:
-    """The request if all parameters took part: other ones do in other steps, and chunks are sized once for each need."""
-    if not masked(request.encoding, parameters):
+    """The request if all rows of all parameters took part: other ones do in other steps, and chunks are sized once."""
+    if most_needed(request.encoding, parameters) > Need.ROWS:
         return request
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     return replace(request, encoding=Identity(shapes), joined=None)

@@ -6,6 +6,7 @@ gradients are products of, and multiply it out only where that is cheaper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from privgrad.gradients.contract import weighted_sum
 from privgrad.gradients.folding import Folding
-from privgrad.gradients.norms import TRUSTED, directions, norms_of, select, upwards
+from privgrad.gradients.norms import SLICE, TRUSTED, factors_of, hidden, norms_of, select, upwards
 from privgrad.gradients.products import batched_product, linear, weighted_product
 
 _TRAFFIC = 96
@@ -132,7 +133,7 @@ class Outer:
         units = self.joined()
         if units.left.shape[1] == 1:
             # Lengths first: their squares may leave the range of floats where the product does not.
-            return (norms_of(units.left) * norms_of(units.right)).square()
+            return (factors_of(units.left) * factors_of(units.right)).square()
         return _trusted(_inner(units, units), [units])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
@@ -192,18 +193,21 @@ class MaskedProduct:
     mask: Tensor
 
     def dense(self) -> Tensor:
-        return self.left[:, :, None] * self.right[:, None, :] * self.mask
+        return (self.left[:, :, None] * self.right[:, None, :]).mul_(self.mask)
 
     def squares(self) -> Tensor:
         """Sum over i, j of left_i^2 mask_ij right_j^2: a product with the mask, and nothing cancels.
 
-        Of vectors of length 1, since squares may leave the range of floats; what is then too small to be squared is less than
-        what is added.
+        Of vectors of length 1 at most, since squares may leave the range of floats; what is then too small to be squared is less
+        than what is added.
         """
-        left, right = norms_of(self.left), norms_of(self.right)
-        rows, columns = directions(self.left, left).square(), directions(self.right, right).square()
-        kept: Tensor = torch.linalg.vecdot(linear(columns, self.mask), rows)
-        return upwards((kept.sqrt() * (left * right)).square(), left * right)
+        left, right = factors_of(self.left), factors_of(self.right)
+        columns = (self.right / right[:, None]).square()
+        kept = torch.zeros_like(self.left, dtype=torch.float64)
+        for some, mask in zip(torch.split(columns, SLICE, 1), torch.split(self.mask, SLICE, 1), strict=True):
+            kept += linear(some, mask)
+        rows = self.left / left[:, None] * kept.sqrt().to(self.left)
+        return upwards((norms_of(rows) * (left * right)).square(), left * right)
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         left, right = select(self.left, dropped), select(self.right, dropped)
@@ -212,38 +216,31 @@ class MaskedProduct:
 
 @dataclass
 class Lookup:
-    """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T.
-
-    mask: of `masked`.
-    """
+    """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T."""
 
     index: Tensor
     right: Tensor
     count: int
-    mask: Tensor | None = None
 
     def dense(self) -> Tensor:
         units, _, width = self.right.shape
         table = self.right.new_zeros(units * self.count, width)
-        table = table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
-        return table if self.mask is None else table.mul_(self.mask)
+        return table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
 
-    def squares(self) -> Tensor:
+    def squares(self, mask: Tensor | None = None) -> Tensor:
         places, inverse = torch.unique(self._places(), return_inverse=True)
         touched = self.right.new_zeros(len(places), self.right.shape[2])
         touched.index_add_(0, inverse, self.right.flatten(0, 1))
-        if self.mask is not None:
-            touched.mul_(self.mask[places % self.count])
-        lengths: Tensor = torch.linalg.vector_norm(touched, dim=1)
-        squares = lengths.square()
+        if mask is not None:
+            touched.mul_(mask[places % self.count])
+        squares = norms_of(touched).square()
         squares = squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
-        return upwards(squares, _largest(self))
+        return upwards(squares, _largest(self)[0])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
         table = right.new_zeros(self.count, right.shape[2])
-        table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
-        return table if self.mask is None else table.mul_(self.mask)
+        return table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
 
     def cut(self, rows: Tensor) -> Lookup:
         places = torch.full((self.count,), -1, device=self.index.device)
@@ -261,12 +258,35 @@ class Lookup:
     def kept(self, take: Take) -> Lookup:
         return self
 
-    def masked(self, mask: Tensor, take: Take) -> Lookup:
-        return replace(self, mask=mask)
+    def masked(self, mask: Tensor, take: Take) -> MaskedLookup:
+        return MaskedLookup(self.index, self.right, self.count, mask)
 
     def _places(self) -> Tensor:
         units = torch.arange(len(self.index), device=self.index.device)
         return (units[:, None] * self.count + self.index).flatten()
+
+
+@dataclass
+class MaskedLookup:
+    """A `Lookup` with zeros where mask [count, d] has them."""
+
+    index: Tensor
+    right: Tensor
+    count: int
+    mask: Tensor
+
+    def dense(self) -> Tensor:
+        return self._whole.dense().mul_(self.mask)
+
+    def squares(self) -> Tensor:
+        return self._whole.squares(self.mask)
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        return self._whole.weighted_sum(weights, dropped).mul_(self.mask)
+
+    @property
+    def _whole(self) -> Lookup:
+        return Lookup(self.index, self.right, self.count)
 
 
 @dataclass
@@ -338,12 +358,14 @@ def _inner(one: Outer | Lookup, other: Outer | Lookup) -> Tensor:
     return inner
 
 
-def _largest(term: Outer | Lookup) -> Tensor:
-    """[units]: the norm that a term's gradient would have if nothing cancelled."""
-    lengths: Tensor = torch.linalg.vector_norm(term.right, dim=2)
-    if isinstance(term, Outer):
-        lengths = lengths * torch.linalg.vector_norm(term.left, dim=2)
-    return lengths.sum(1)
+def _largest(term: Outer | Lookup) -> tuple[Tensor, Tensor]:
+    """[units]: the norm that a term's gradient would have if nothing cancelled; the same with what squares may have hidden."""
+    right: Tensor = torch.linalg.vector_norm(term.right, dim=2)
+    if isinstance(term, Lookup):
+        return right.sum(1), right.sum(1)
+    left: Tensor = torch.linalg.vector_norm(term.left, dim=2)
+    more = [math.sqrt(hidden(factor.shape[2], factor.dtype)) for factor in (term.left, term.right)]
+    return (left * right).sum(1), ((left + more[0]) * (right + more[1])).sum(1)
 
 
 def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
@@ -351,9 +373,9 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
 
     A norm that comes out too small would let a unit contribute more than its bound.
     """
-    largest = sum(_largest(term) for term in terms)
-    assert isinstance(largest, Tensor)
-    rounded = upwards(squares, largest, by_gram=True)
+    lengths = [_largest(term) for term in terms]
+    largest = reduce(torch.add, (seen for seen, _ in lengths))
+    rounded = upwards(squares, reduce(torch.add, (most for _, most in lengths)), by_gram=True)
     for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():
         part = slice(unit, unit + 1)
         gradient = reduce(

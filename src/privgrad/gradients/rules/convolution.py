@@ -16,7 +16,7 @@ from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.folding import Folding
-from privgrad.gradients.norms import TRUSTED, select, upwards, wide
+from privgrad.gradients.norms import TRUSTED, hidden, select, upwards, wide
 from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
@@ -27,7 +27,7 @@ _NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
 _LANES = 8
-"""oneDNN has kernels for so many output channels at a time."""
+"""oneDNN's kernels take output channels in multiples of so many, and fill up what is missing."""
 
 _MANY_WEIGHTS = 100_000
 _SHARE = 0.35
@@ -80,7 +80,8 @@ class Convolution:
         gradient[o, s + k' - p'] with k' = K - 1 - k and p' = K - 1 - p: the same, backwards (K - 1 times the dilation).
         """
         geometry, (rows, channels, *kernel) = self.geometry, self.geometry.shape
-        if rows % _LANES == 0 or rows >= channels or geometry.groups > 1 or self.inputs.is_cuda:
+        few = 2 * rows < channels and rows % _LANES and math.prod(kernel) > 1
+        if not few or geometry.groups > 1 or self.inputs.is_cuda:
             return None
         spans = [step * (size - 1) for step, size in zip(geometry.dilation, kernel, strict=True)]
         padding = [span - pad for span, pad in zip(spans, geometry.padding, strict=True)]
@@ -101,8 +102,11 @@ class Convolution:
         left, right = self._positions(self.gradient), windows.gram(self.inputs, self.geometry)
         squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
         # Nothing cancels between a position's window and itself: its length is the diagonal.
-        longest = (left.square().sum(1) * right.diagonal(dim1=1, dim2=2)).clamp(min=0).sqrt().sum(1)
-        images, rounded = self.geometry.images, upwards(squares, longest, by_gram=True)
+        rows, columns = left.square().sum(1), right.diagonal(dim1=1, dim2=2).clamp(min=0)
+        longest = (rows * columns).sqrt().sum(1)
+        images, (channels, *window) = self.geometry.images, self.geometry.shape
+        rows, columns = rows + hidden(channels, left.dtype), columns + hidden(math.prod(window), left.dtype)
+        rounded = upwards(squares, (rows * columns).sqrt().sum(1), by_gram=True)
         for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
             again = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
             rounded[unit] = upwards(again[0], longest[unit])
