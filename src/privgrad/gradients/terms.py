@@ -202,11 +202,12 @@ class MaskedProduct:
         than what is added.
         """
         left, right = factors_of(self.left), factors_of(self.right)
-        columns = (self.right / right[:, None]).square()
-        kept = torch.zeros_like(self.left, dtype=torch.float64)
-        for some, mask in zip(torch.split(columns, SLICE, 1), torch.split(self.mask, SLICE, 1), strict=True):
-            kept += linear(some, mask)
-        rows = self.left / left[:, None] * kept.sqrt().to(self.left)
+        columns = (self.right / right[:, None]).square_()
+        first, *others = zip(torch.split(columns, SLICE, 1), torch.split(self.mask, SLICE, 1), strict=True)
+        kept = linear(*first)
+        for slices in others:
+            kept = kept.double().add_(linear(*slices))
+        rows = kept.sqrt_().to(self.left).mul_(self.left).div_(left[:, None])
         return upwards((norms_of(rows) * (left * right)).square(), left * right)
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
