@@ -307,6 +307,12 @@ def test_norms_of_many_equal_numbers_are_not_too_small(count: int) -> None:
         assert exact <= float(norms_of(numbers)) <= exact * (1 + 1e-5)
 
 
+def test_norms_of_nothing_are_zero() -> None:
+    assert norms_of(torch.ones(3, 0)).tolist() == [0, 0, 0]
+    assert norms_of(torch.ones(0, 5)).tolist() == []
+    assert norms_of(torch.ones(2)).tolist() == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize("sizes", [(12_288, 10), (150_528, 2), (1_000_000, 1), (3, 200_000)])
 @pytest.mark.parametrize("compression", [None, pg.RandomSparsification(0.1, ramp=False)])
 def test_a_record_of_equal_pixels_is_no_longer_than_its_bound(sizes: tuple[int, int], compression: Any) -> None:

@@ -32,7 +32,8 @@ def select(tensor: Tensor, dropped: Tensor | None) -> Tensor:
 
 def norms_of(tensor: Tensor) -> Tensor:
     """[units]: the l2 norms of a tensor [units, ...], rounded upwards."""
-    norms: Tensor = _by_slices(tensor.reshape(len(tensor), -1)) * (1 + _ADDED * torch.finfo(tensor.dtype).eps)
+    flat = tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
+    norms: Tensor = _by_slices(flat) * (1 + _ADDED * torch.finfo(tensor.dtype).eps)
     return norms
 
 
@@ -41,7 +42,7 @@ def factors_of(tensor: Tensor) -> Tensor:
 
     A hidden 1e-23 times the other factor's 1e19 would be seen again in the sum.
     """
-    return norms_of(tensor) + math.sqrt(hidden(tensor[0].numel(), tensor.dtype))
+    return norms_of(tensor) + math.sqrt(hidden(math.prod(tensor.shape[1:]), tensor.dtype))
 
 
 def hidden(count: int, dtype: torch.dtype) -> float:
