@@ -72,7 +72,7 @@ def test_one_record_moves_the_sum_by_one_clipping_norm_however_many_views() -> N
     inputs = torch.tensor([[100.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     with_it = release(TensorDataset(inputs), 8)
     without = release(TensorDataset(inputs[1:]), 8)
-    assert (with_it - without).norm() == pytest.approx(C)
+    assert (1 - 1e-5) * C <= (with_it - without).norm() <= (1 + 1e-6) * C
 
 
 def test_views_of_users_records_stay_with_their_user() -> None:
