@@ -229,6 +229,29 @@ def test_a_model_without_trainable_parameters_is_refused() -> None:
         private(model)
 
 
+class Turned(nn.Module):
+    """A complex factor; as two real numbers where it is `real`."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        factor = torch.ones(2, dtype=torch.complex64)
+        self.factor = nn.Parameter(torch.view_as_real(factor) if real else factor)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        factor = self.factor if self.factor.is_complex() else torch.view_as_complex(self.factor)
+        return (self.linear(inputs) * factor).real
+
+
+def test_a_complex_parameter_is_refused_and_works_as_a_real_one() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"'factor' is complex.*view_as_complex"):
+        private(Turned(real=False))
+    private(Turned(real=True))
+    frozen = Turned(real=False)
+    frozen.factor.requires_grad_(False)
+    private(frozen)
+
+
 def test_a_plan_without_a_noise_multiplier_is_refused() -> None:
     blank = Plan(sampling=pg.PoissonSampling(rate=0.5, divisor=6.0), steps=2)
     with pytest.raises(pg.PrivgradError, match="calibrate"):

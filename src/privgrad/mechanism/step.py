@@ -79,6 +79,12 @@ class StepRunner:
         self._parameters = trainable(self.model)
         if not self._parameters:
             raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
+        for name, parameter in self._parameters.items():
+            if parameter.is_complex():
+                raise PrivgradError(
+                    f"the parameter {name!r} is complex, and sums and noise are real; hold its real and imaginary part as one "
+                    "real parameter, and use torch.view_as_complex of it (or freeze it: requires_grad = False)"
+                )
         keep_pages()
         self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self._stages: dict[str, Stage] = {
