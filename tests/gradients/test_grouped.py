@@ -10,6 +10,7 @@ import privgrad as pg
 from privgrad.gradients.contract import Fold, Identity, Request, Sums, trainable
 from privgrad.gradients.grouped import MeanEngine
 from privgrad.gradients.streamed import StreamedEngine
+from privgrad.mechanism.sparsification import Kept
 from tests.gradients.compare import Recording
 from tests.helpers import as_vector
 
@@ -107,3 +108,17 @@ def test_rows_that_see_one_another_go_group_by_group() -> None:
     assert not asked_once(rule)
     expected, _ = run(StreamedEngine(mean=True), model, inputs)
     torch.testing.assert_close(found, expected)
+
+
+def test_masks_that_come_later_are_weighed_anew() -> None:
+    """A product of several rows is multiplied out where only some coordinates count: then one pass is not worth it."""
+    model, engine = linear(), MeanEngine(lambda: True)
+    _, whole = run(engine, model, torch.randn(11, 5, dtype=torch.float64))
+    shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
+    encoding = Kept(shapes, {name: torch.arange(shape.numel() // 2) for name, shape in shapes.items()}, by_rows=False)
+    rule = Recording(torch.ones(3, 1, dtype=torch.float64))
+    sink = Sums(encoding.slots(), torch.device("cpu"), torch.float64)
+    batch = torch.randn(11, 5, dtype=torch.float64), torch.arange(11) % 3
+    engine.accumulate(model, cross_entropy, Request(batch, Fold(INDEX, 6), encoding, [tuple(shapes)], rule, sink))
+    assert asked_once(whole)
+    assert not asked_once(rule)
