@@ -49,3 +49,20 @@ def test_the_weight_noise_curve_measures_public_statistics() -> None:
     recipe["statistics_of"]((images, labels), nn.Sequential(model))
     torch.testing.assert_close(model.running_mean, images.mean(0))
     torch.testing.assert_close(model.running_var, images.var(0, correction=0))
+
+
+def test_the_normalization_table_keeps_what_was_not_trained_again() -> None:
+    """The networks are trained one by one, on machines that come and go: a row is replaced by its own plan and budget only."""
+    merged = runpy.run_path(str(EXPERIMENTS / "normalization" / "__main__.py"))["merged"]
+
+    def row(plan: str, epsilon: float | None, mean: float) -> dict[str, object]:
+        return {"plan": plan, "target_epsilon": epsilon, "mean": mean}
+
+    old = [row("mlp_none", 3.0, 0.1), row("mlp_none", None, 0.2), row("resnet20_none", 3.0, 0.3)]
+    new = [row("resnet18_none", 3.0, 0.4), row("mlp_none", 3.0, 0.5)]
+    assert merged(old, new) == [
+        row("mlp_none", 3.0, 0.5),
+        row("resnet20_none", 3.0, 0.3),
+        row("resnet18_none", 3.0, 0.4),
+        row("mlp_none", None, 0.2),
+    ]

@@ -2,7 +2,8 @@
 
 Runs `privgrad compare` on the plans of each network once for each epsilon, and once without noise; what is finished is not
 repeated. Then writes results/results.json, a row for each plan and epsilon, of everything that is finished in --runs, and
-results/normalization.svg, and prints the table. A second seed for one network alone: --seeds 2 --only resnet20.
+results/normalization.svg, and prints the table. Rows of plans that --runs does not have stay as they were. A second seed
+for one network alone: --seeds 2 --only resnet20.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ from privgrad.report.comparison import Cell, rows_of
 HERE = Path(__file__).parent
 EPSILONS = (1.0, 3.0, 8.0, None)
 """None: no noise at all, and otherwise the same mechanism."""
-NETWORKS = {"mlp": "MLP, MNIST", "lenet5": "LeNet-5, MNIST", "resnet20": "ResNet-20, CIFAR-10 (16 x 16)"}
+NETWORKS = {
+    "mlp": "MLP, MNIST",
+    "lenet5": "LeNet-5, MNIST",
+    "resnet20": "ResNet-20, CIFAR-10 (16 x 16)",
+    "resnet18": "ResNet-18, CIFAR-10 (16 x 16)",
+}
 COLORS = {
     "none": "#1c2024",
     "group": "#d1495b",
@@ -69,6 +75,13 @@ def collected(runs: Path) -> list[dict[str, Any]]:
     return found
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows, and the old ones of plans and epsilons that have none: nobody trains all of this in one go."""
+    trained = {(row["plan"], row["target_epsilon"]) for row in new}
+    rows = new + [row for row in old if (row["plan"], row["target_epsilon"]) not in trained]
+    return sorted(rows, key=lambda row: (_order(row), list(NETWORKS).index(row["plan"].split("_")[0]), row["plan"]))
+
+
 def _directory(runs: Path, epsilon: float | None) -> Path:
     return runs / ("no-noise" if epsilon is None else f"epsilon-{epsilon:g}")
 
@@ -79,7 +92,7 @@ def _files(network: str) -> list[Path]:
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
     """A panel for each network: accuracy against epsilon, with one standard deviation over seeds."""
-    figure, panels = pyplot.subplots(1, len(NETWORKS), figsize=(13.5, 5.2))
+    figure, panels = pyplot.subplots(1, len(NETWORKS), figsize=(4.5 * len(NETWORKS), 5.2))
     for axes, (network, title) in zip(panels, NETWORKS.items(), strict=True):
         for name, color in COLORS.items():
             mine = sorted((row for row in rows if row["plan"] == f"{network}_{name}"), key=_order)
@@ -150,9 +163,10 @@ def main() -> None:
         for epsilon in EPSILONS:
             for network in NETWORKS:
                 train(network, epsilon, arguments)
-    rows = collected(arguments.runs)
+    file = arguments.out / "results.json"
+    rows = merged(json.loads(file.read_text()) if file.exists() else [], collected(arguments.runs))
     arguments.out.mkdir(exist_ok=True)
-    (arguments.out / "results.json").write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
+    file.write_text("[" + ",\n ".join(json.dumps(row) for row in rows) + "]\n")
     draw(rows, arguments.out / "normalization.svg")
     print(table(rows))
 
