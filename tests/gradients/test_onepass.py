@@ -87,7 +87,14 @@ def test_low_precision(name: str, autocast: bool) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return m.model(*batch)
 
-    covered(None, Around(cast, model=model), squares, case.batch(torch.float32), kind="tensor", tolerance=2e-2)
+    around, batch = Around(cast, model=model), case.batch(torch.float32)
+    try:
+        around(*batch)
+    except RuntimeError as error:  # torch's own LSTM, on a processor whose oneDNN has no bfloat16 (AVX2 and less)
+        if "could not create a primitive" not in str(error):
+            raise
+        pytest.skip(f"torch cannot run this operator under autocast on this processor: {error}")
+    covered(None, around, squares, batch, kind="tensor", tolerance=2e-2)
 
 
 # Architectures drawn at random.
