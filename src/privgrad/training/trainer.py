@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,12 +32,15 @@ from privgrad.training.evaluation import DeclaredSplit, accuracy
 from privgrad.training.metrics import Metrics
 from privgrad.training.private import make_private
 from privgrad.training.progress import ProgressDisplay, display
+from privgrad.training.ration import Ration
 from privgrad.training.run import Run, plan_text
 from privgrad.training.stops import InterruptedRunError, stop_requests
 from privgrad.training.units import Keys, units_of
 
 _CHECKPOINT_SHARE = 0.05
 """The share of the time that checkpoints may take: a small model gets one after nearly every step."""
+_EPSILON_SHARE = 0.02
+"""The share that epsilon for the display may take (about half a second a time)."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,8 @@ class Trainer:
 
     def _loop(self, bar: ProgressDisplay, stop: threading.Event) -> None:
         ledger = self.private.ledger
-        notes = ""
-        saved = time.monotonic()
-        cost = 0.0
+        saving, telling = Ration(_CHECKPOINT_SHARE), Ration(_EPSILON_SHARE)
+        epsilon = measured = ""
         for batch in self.private.batches():
             self.private.step(batch)
             self._applied += 1
@@ -177,16 +178,16 @@ class Trainer:
                 self.schedule.step()
             if self._average is not None:
                 self._average.update(self._applied)
-            if ledger.count % self._every == 0 or ledger.count == self.plan.steps:
-                notes = self._measure()
-            elif not notes:
-                notes = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)} at step {ledger.count}"
-            bar.step(ledger.count, notes)
-            now = time.monotonic()
-            if stop.is_set() or (now - saved) * _CHECKPOINT_SHARE >= cost:
-                self._save()
-                saved = time.monotonic()
-                cost = saved - now
+            look = ledger.count % self._every == 0 or ledger.count == self.plan.steps
+            if look:
+                measured = self._measure()
+            if look or telling.due:
+                with telling.turn():
+                    epsilon = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)} at step {ledger.count}"
+            bar.step(ledger.count, "  ".join(filter(None, (epsilon, measured))))
+            if stop.is_set() or saving.due:
+                with saving.turn():
+                    self._save()
             if stop.is_set() and ledger.count < self.plan.steps:
                 raise InterruptedRunError(
                     f"stopped after step {ledger.count} of {self.plan.steps}, nothing is lost; go on with: "
@@ -194,7 +195,7 @@ class Trainer:
                 )
 
     def _measure(self) -> str:
-        """One line of metrics.jsonl; the same in words for the display."""
+        """One line of metrics.jsonl; its accuracy in words for the display."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
             raise PrivgradError(
                 f"the weights are not finite any more after step {self.private.ledger.count}; the learning rate is too high for "
@@ -205,18 +206,18 @@ class Trainer:
             "step": self.private.ledger.count,
             "epsilon": epsilon if epsilon < float("inf") else None,
         }
-        notes = f"epsilon {round_up(epsilon, 2)} at step {self.private.ledger.count}"
+        words = ""
         if self.test is not None:
             with nullcontext() if self._average is None else self._average.applied():
                 self.private.finalize()
                 entry["test_accuracy"] = accuracy(self.model, self.test)
-            notes += f"  {self.test.name} accuracy {entry['test_accuracy']:.1%}"
+            words = f"{self.test.name} accuracy {entry['test_accuracy']:.1%} at step {self.private.ledger.count}"
         if self.plan.disclose:
             with nullcontext() if self._average is None else self._average.applied():
                 self.private.finalize()
                 entry["disclosed"] = self.private.disclosed | self._training_metrics()
         self._metrics.add(entry)
-        return notes
+        return words
 
     def _open_ledger(self, resume: bool) -> Ledger:
         terms = self.plan.terms()
