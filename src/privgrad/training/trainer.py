@@ -179,11 +179,11 @@ class Trainer:
             if self._average is not None:
                 self._average.update(self._applied)
             look = ledger.count % self._every == 0 or ledger.count == self.plan.steps
-            if look:
-                measured = self._measure()
             if look or telling.due:
                 with telling.turn():
                     epsilon = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)} at step {ledger.count}"
+            if look:
+                measured = self._measure()
             bar.step(ledger.count, "  ".join(filter(None, (epsilon, measured))))
             if stop.is_set() or saving.due:
                 with saving.turn():
