@@ -110,6 +110,8 @@ from Gram matrices and its sum from a second kernel. The MLP pays for its noise:
 {_nanoseconds(noise["rows"])} nanoseconds (torch's own {_nanoseconds(noise["rows"], "fast")}), 1.9 million of them for 512
 examples.
 Share of a step, by `{noise["command"]}`: {_noise_shares(noise["rows"])}.
+Not measured again yet: noise was drawn in single precision when all times on this page were taken, and is drawn, added and
+rounded in double precision since ([why](guarantees/dp_sgd.md)), which takes longer.
 
 ## Where the memory goes
 

@@ -177,3 +177,21 @@ def test_autocast_inside_the_loss_leaves_sums_in_full_precision() -> None:
         )
         # (Rows that change place in a batch of another size may round otherwise in bfloat16: a hundredth.)
         assert float((as_vector(more) - as_vector(less)).norm()) < 1.05, engine
+
+
+def test_a_stage_that_answers_in_another_shape_is_refused() -> None:
+    """[units] against [units, blocks] would be broadcast to [units, units]: one unit's norm would set the others' weights."""
+
+    class Flattened(pg.FlatClipping):
+        def weights(self, norms: Tensor, thresholds: Tensor) -> Tensor:
+            return (thresholds / norms).flatten()
+
+    class Side(pg.PrivateThresholds):
+        def side(self, state: Any, norms: Tensor, thresholds: Tensor) -> Tensor:
+            return norms.sum(1)
+
+    limits = torch.tensor([1.5], dtype=torch.float64)
+    with pytest.raises(pg.PrivgradError, match=r"Flattened\.weights answered in another shape"):
+        ClippingRule(Flattened(), limits)(NORMS, [0])
+    with pytest.raises(pg.PrivgradError, match=r"Side\.side answered in another shape"):
+        ClippingRule(pg.FlatClipping(), limits, (Side(limit=3.0), {}, torch.zeros(1)))(NORMS, [0])

@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dp_accounting import NoOpDpEvent
 from scipy.stats import chi2, kstest
 
 import privgrad as pg
 from privgrad.mechanism.randomness import SecureSource, SeededSource, Source
+from privgrad.mechanism.states import ClippedSum, Part
+from privgrad.privacy.ledger import Receipt
+from privgrad.privacy.sensitivity import Bound
 from tests.helpers import Direction, full_batch_plan, linear_loss, rows, runner
 
 SOURCES = [SecureSource, lambda: SeededSource(3, "noise")]
@@ -104,10 +108,88 @@ def test_seeded_noise_is_indexed_by_the_charged_step() -> None:
     assert torch.equal(crashed.release(*batch).update["weight"], noises[1])
 
 
-def test_seeded_noise_and_sampling_do_not_share_a_stream() -> None:
-    noise = SeededSource(7, "noise", 1).normal_(torch.empty(100))
-    other = SeededSource(7, "sampling", 1).normal_(torch.empty(100))
-    assert not torch.equal(noise, other)
+def test_seeded_noise_is_of_its_seed_its_purpose_its_plan_and_its_step_alone() -> None:
+    """Seeds may be long: torch's own generator takes the last 32 bits of one, and repeats itself within 10^5 steps."""
+    sources = [
+        SeededSource(seed, purpose, plan, step)
+        for seed in (7, 7 + 2**32)
+        for purpose in ("noise", "sampling")
+        for plan in ("a", "b")
+        for step in (1, 2)
+    ]
+    drawn = [source.normal_(torch.empty(100)) for source in sources]
+    assert not any(torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+    assert torch.equal(SeededSource(7, "noise", "a").at(2).normal_(torch.empty(100)), drawn[1])
+
+
+def test_two_plans_with_one_seed_share_no_noise() -> None:
+    """Else a release of one, less a multiple of the other's, has none."""
+    one, other = (
+        runner(
+            full_batch_plan(1, multiplier=1.0, seed=7, clipping=pg.FlatClipping(max_norm=norm)),
+            Direction(5000),
+            linear_loss,
+        )
+        .release(*rows(torch.zeros(1, 5000)))
+        .update["weight"]
+        for norm in (1.0, 0.5)
+    )
+    assert abs(float((one * other).mean()) / 0.5) < 5.5 / 5000**0.5
+
+
+HALF = 2**15
+"""Box-Muller's pairs are so far apart in a block of noise."""
+
+
+def angles_off_the_lattice(noise: torch.Tensor) -> float:
+    """How far (z-score) the angles of pairs lie from the multiples of 2^-22, on which float32 angles above 2 all are."""
+    first, second = noise.double().view(-1, 2, HALF).unbind(1)
+    turns = torch.atan2(second, first).abs()[(first.square() + second.square() > 1)]
+    off = turns[turns > 2] * 2**22
+    mean = (off - off.round()).abs().mean()
+    return float((mean - 0.25) * (48 * len(off)) ** 0.5)
+
+
+def in_single_precision(count: int) -> torch.Tensor:
+    radius = torch.rand(count // 2, dtype=torch.float64).log().mul(-2).float().sqrt().view(-1, HALF)
+    angle = torch.empty(count // 2).uniform_(-np.pi, np.pi).view(-1, HALF)
+    return torch.stack([angle.cos() * radius, angle.sin() * radius], 1).flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", SOURCES)
+def test_who_knows_the_sum_sees_no_lattice_of_the_noise(make: type[Source], dtype: torch.dtype) -> None:
+    """The attack: subtract the sum that one expects, and look whether what is left can be noise. It was right 40 times of 40."""
+    count, scale = 2**20, 0.75
+    torch.manual_seed(0)
+    known = 0.3 * torch.randn(count)
+    as_it_was = known + scale * in_single_precision(count)
+    assert angles_off_the_lattice(as_it_was.double() - known.double()) < -100, "the attack itself"
+    sums = ClippedSum([Part("g", ("w",), Bound.ball(scale))], {"w": known.to(dtype, copy=True)}, False)
+    noised = pg.GaussianNoise(multiplier=1.0).add(sums, Receipt(1, NoOpDpEvent()), make()).sums.values["w"]
+    assert noised.dtype == dtype
+    assert abs(angles_off_the_lattice(noised.double() - known.double())) < 6
+    cells = noised.double() * 2**20
+    if dtype == torch.float64:
+        assert torch.equal(cells, cells.round()), "digits of the noise itself are left"
+    check_scale(noised.double() - known.double(), scale)
+
+
+def test_far_tails_have_digits_of_their_own() -> None:
+    """Without them, radii beyond 6.5 would lie on a lattice that is coarser than what is released."""
+    source = SecureSource()
+    source.normal_(torch.empty(4))
+    found = source._minus_twice_log(torch.zeros(4000, dtype=torch.int64))
+    beyond = 63 * np.log(4.0)
+    assert float(found.min()) >= beyond - 1e-9
+    assert found.unique().numel() == 4000
+    assert kstest((found.numpy() - beyond) / 2, "expon").pvalue > 1e-7
+
+
+def test_noise_below_the_range_of_floats_is_refused() -> None:
+    sums = ClippedSum([Part("g", ("w",), Bound.ball(1e-250))], {"w": torch.zeros(3)}, False)
+    with pytest.raises(pg.PrivgradError, match="larger clipping norm"):
+        pg.GaussianNoise(multiplier=1.0).add(sums, Receipt(1, NoOpDpEvent()), SecureSource())
 
 
 def test_integers_are_uniform_without_modulo_bias() -> None:

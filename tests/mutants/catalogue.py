@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "half the noise",
         "mechanism/noise.py",
-        "alpha=by_slot[slot])",
-        "alpha=0.5 * by_slot[slot])",
+        "noise.mul_(scale / cell)",
+        "noise.mul_(0.5 * scale / cell)",
         (NOISE,),
     ),
     Mutant(
@@ -85,8 +85,8 @@ MUTANTS = (
     Mutant(
         "every tensor gets the same noise",
         "mechanism/noise.py",
-        "part.add_(drawn.normal_(buffer[: len(part)]), alpha=by_slot[slot])",
-        "part.add_((drawn.normal_(buffer) if slot == next(iter(by_slot)) else buffer)[: len(part)], alpha=by_slot[slot])",
+        "noise = drawn.normal_(buffer[: len(part)])",
+        "noise = (drawn.normal_(buffer) if slot == next(iter(by_slot)) else buffer)[: len(part)].clone()",
         (NOISE, FRAME),
     ),
     Mutant(
@@ -99,15 +99,43 @@ MUTANTS = (
     Mutant(
         "the secure key is a constant",
         "mechanism/randomness.py",
-        "algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))",
-        "algorithms.AES256(bytes(32)), modes.CTR(bytes(16))",
+        "self._begin(os.urandom(32), os.urandom(16))",
+        "self._begin(bytes(32), bytes(16))",
         (NOISE,),
     ),
     Mutant(
         "noise and sampling share a seeded stream",
         "mechanism/randomness.py",
-        'f"{purpose}:{seed}:{step}"',
-        'f"{seed}:{step}"',
+        'f"{plan}:{purpose}:{seed}:{step}"',
+        'f"{plan}:{seed}:{step}"',
+        (NOISE,),
+    ),
+    Mutant(
+        "two plans with one seed share their noise",
+        "mechanism/step.py",
+        "return source(self._seed, purpose, self.plan.digest())",
+        'return source(self._seed, purpose, "")',
+        (NOISE,),
+    ),
+    Mutant(
+        "a seed has 32 bits",
+        "mechanism/randomness.py",
+        'f"{plan}:{purpose}:{seed}:{step}"',
+        'f"{plan}:{purpose}:{seed % 2**32}:{step}"',
+        (NOISE,),
+    ),
+    Mutant(
+        "what is released has all digits of the noise",
+        "mechanism/noise.py",
+        ".add_(part, alpha=1 / cell).round_()",
+        ".add_(part, alpha=1 / cell)",
+        (NOISE,),
+    ),
+    Mutant(
+        "far tails lie on a lattice",
+        "mechanism/randomness.py",
+        "uniform[few] = whole[few] + self._uniforms(len(few)) + 2.0**-54",
+        "uniform[few] = whole[few] + 0.5",
         (NOISE,),
     ),
     Mutant(
@@ -128,9 +156,30 @@ MUTANTS = (
     Mutant(
         "no clipping",
         "mechanism/clipping.py",
-        "        limits = thresholds / safe\n        weights = self._clipping.weights(safe, thresholds).clamp(-limits, limits)\n",
+        "        weights = weights.clamp(-limits, limits)\n",
         "        weights = torch.ones_like(norms)\n",
         (f"{AUDIT}::test_audit_is_below_the_claim_and_tight",),
+    ),
+    Mutant(
+        "a clipping stage may answer in any shape",
+        "mechanism/clipping.py",
+        "or answer.shape != norms.shape:",
+        "or answer.dim() > 2:",
+        ("tests/mechanism/test_clipping.py::test_a_stage_that_answers_in_another_shape_is_refused",),
+    ),
+    Mutant(
+        "padding may reach the loss",
+        "training/private.py",
+        "    check_padding(model, loss_fn, dataset, collate_fn)\n",
+        "",
+        ("tests/training/test_padding.py",),
+    ),
+    Mutant(
+        "a ledger of other terms is taken",
+        "training/private.py",
+        "    if ledger.terms != plan.terms():",
+        "    if ledger.terms.plan != plan.digest() and False:",
+        ("tests/training/test_private.py::test_a_ledger_of_other_terms_is_refused",),
     ),
     Mutant(
         "a clipping stage is believed",
@@ -862,15 +911,15 @@ MUTANTS = (
     Mutant(
         "the noise has no tails",
         "mechanism/randomness.py",
-        "uniform.log_().mul_(-2)",
-        "uniform.clamp_(min=1e-3).log_().mul_(-2)",
+        "uniform.mul_(2.0**-63).log_()",
+        "uniform.mul_(2.0**-63).clamp_(min=1e-3).log_()",
         (NOISE,),
     ),
     Mutant(
         "angles are the bits of the radii",
         "mechanism/randomness.py",
-        "halves[2 * pairs : 3 * pairs]",
-        "halves[1 : 2 * pairs : 2]",
+        "angle = words[pairs : 2 * pairs]",
+        "angle = words[:pairs].sub(2**62).mul(2)",
         (NOISE,),
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -706,3 +707,11 @@ def test_spent_counts_the_charged_steps() -> None:
 def test_spent_reads_as_a_sentence_that_rounds_epsilon_upwards() -> None:
     assert str(Spent(1.00001, 1e-5, 7, 10)) == "epsilon = 1.001 at delta = 1e-05 after 7 of 10 steps"
     assert str(Spent(float("inf"), 1e-5, 1, 1)).startswith("epsilon = infinity")
+
+
+def test_a_ledger_of_other_terms_is_refused() -> None:
+    """It would be asked for epsilon under its own rules, which were another plan's."""
+    other = dataclasses.replace(plan(), delta=1e-2)
+    with pytest.raises(pg.PrivgradError, match="opened under other terms"):
+        private(ledger=pg.Ledger(other.terms()))
+    private(ledger=pg.Ledger(plan().terms()))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from privgrad.errors import check_number
+from privgrad.errors import PrivgradError, check_number
 from privgrad.mechanism.disclosure import ClippingWatch
 from privgrad.mechanism.stage import Block, Clipping, Stage, State, Thresholds
 
@@ -116,13 +116,27 @@ class ClippingRule:
         thresholds = self._thresholds.to(norms)[columns]
         if self._side is not None:
             stage, state, sums = self._side
-            sums[columns] += torch.where(finite, stage.side(state, safe, thresholds), zero).sum(0)
+            sums[columns] += torch.where(
+                finite, _one_each("side", stage, stage.side(state, safe, thresholds), norms), zero
+            ).sum(0)
         limits = thresholds / safe
-        weights = self._clipping.weights(safe, thresholds).clamp(-limits, limits)
+        weights = _one_each("weights", self._clipping, self._clipping.weights(safe, thresholds), norms)
+        weights = weights.clamp(-limits, limits)
         weights = torch.where(finite & weights.isfinite(), weights, zero)
         if self._watch is not None:
             self._watch.add(norms, weights)
         return weights
+
+
+def _one_each(method: str, stage: object, answer: Tensor, norms: Tensor) -> Tensor:
+    """A stage's answer, if it is one number for each norm. Another shape would be broadcast: a unit would move the others'."""
+    if not isinstance(answer, Tensor) or answer.shape != norms.shape:
+        # In words: the number of units is private.
+        raise PrivgradError(
+            f"{type(stage).__name__}.{method} answered in another shape than the norms have; expected [units, blocks], one "
+            "number for each norm"
+        )
+    return answer
 
 
 class NormsOnly:

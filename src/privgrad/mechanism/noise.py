@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from privgrad.errors import PrivgradError, check_count, check_number, nearest
 from privgrad.mechanism.randomness import Source
 from privgrad.mechanism.stage import Stage
@@ -36,6 +38,10 @@ ALLOCATIONS: Mapping[str, Callable[[Sequence[float], Sequence[int]], list[float]
 
 _STRETCH = 2**18
 """So many numbers of noise are drawn at once: little memory, and they are added while they are in the cache."""
+
+_DIGITS = 20
+"""Binary digits of a standard deviation that are released; rounding adds less than a 10^-12th to the noise's variance."""
+_SMALLEST = 1e-200
 
 SECRET: Literal["secret"] = "secret"
 """What a stored plan holds in place of a seed."""
@@ -90,17 +96,32 @@ class GaussianNoise(Stage):
         return scales
 
     def add(self, sums: ClippedSum, receipt: Receipt, source: Source) -> NoisedSum:
-        """Add the noise in place, a stretch at a time: it is never held as a whole."""
+        """Add the noise in place, a stretch at a time: it is never held as a whole.
+
+        Sum and noise meet in double precision and are rounded to whole cells of about 2^-20 s, each of which thousands of noise
+        values reach. What a value's last digits would tell of the sum below it (arXiv:2112.05307) is gone.
+        """
         scales = self.scales(sums)
         drawn = source.at(receipt.step)
         longest = max(sums.values.values(), key=lambda value: value.numel())
-        buffer = longest.new_empty(min(_STRETCH, longest.numel()))
+        buffer = longest.new_empty(min(_STRETCH, longest.numel()), dtype=torch.float64)
         by_slot = {slot: scales[part.name] for part in sums.parts for slot in part.slots}
         for slot, value in sums.values.items():
             flat = value.view(-1)
+            scale = by_slot[slot]
+            if scale == 0:
+                continue
+            if scale < _SMALLEST:
+                raise PrivgradError(
+                    f"the noise of {slot!r} would have the standard deviation {scale:g}, too small for computer arithmetic; take "
+                    "a larger clipping norm"
+                )
+            cell = 2.0 ** (math.frexp(scale)[1] - _DIGITS)
             for first in range(0, len(flat), _STRETCH):
                 part = flat[first : first + _STRETCH]
-                part.add_(drawn.normal_(buffer[: len(part)]), alpha=by_slot[slot])
+                noise = drawn.normal_(buffer[: len(part)])
+                noised = noise.mul_(scale / cell).add_(part, alpha=1 / cell).round_()
+                torch.mul(noised, cell, out=part)
         return NoisedSum(sums, scales, receipt)
 
     @property
@@ -108,6 +129,6 @@ class GaussianNoise(Stage):
         generator = (
             "a cryptographic generator (AES-256 in counter mode) with a key that was never stored"
             if self.insecure_seed is None
-            else "a seeded generator: THE GUARANTEE HOLDS ONLY WHILE THE SEED STAYS SECRET"
+            else "a seeded generator: THE GUARANTEE HOLDS ONLY WHILE THE SEED STAYS SECRET and serves no other training"
         )
         return f"Gaussian noise, {self.multiplier or 0:.4g} times what one {{unit}} can change, drawn from {generator}"

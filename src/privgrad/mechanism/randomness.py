@@ -1,7 +1,7 @@
-"""Random numbers that privacy rests on: a cryptographic keystream by default, a seeded generator on request.
+"""Random numbers that privacy rests on: a cryptographic keystream, whose key is the system's, or on request a seed's.
 
 Noise and sampling each have a source of their own. The secure key is fresh at every process start and never stored; a
-seeded source is indexed by the charged step, so that no noise is ever added to two different sums.
+seeded key belongs to the plan and the charged step, so that no noise is ever added to two different sums of a training.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 _BLOCK = 2**16
+_FEW = 2**32
+"""Whole numbers below this one have fewer than 32 digits."""
 
 
 class Source(Protocol):
@@ -49,11 +51,13 @@ class SecureSource:
     """
 
     def __init__(self) -> None:
-        cipher = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16)))
-        self._stream = cipher.encryptor()
+        self._begin(os.urandom(32), os.urandom(16))
+
+    def _begin(self, key: bytes, nonce: bytes) -> None:
+        self._stream = Cipher(algorithms.AES256(key), modes.CTR(nonce)).encryptor()
         self._scratch: _Scratch | None = None
 
-    def at(self, step: int) -> SecureSource:
+    def at(self, step: int) -> Source:
         return self
 
     def normal_(self, out: Tensor) -> Tensor:
@@ -68,24 +72,30 @@ class SecureSource:
         return out
 
     def _fill(self, out: Tensor) -> Tensor:
-        # Box-Muller. The logarithm is always of 53 bits and in double precision: tails reach 8.5 sigma. What follows is as wide
-        # as `out`: in single precision it moves a number by 4e-7 of the radius at most, as rounding the noised sum does.
+        # Box-Muller in double precision, with a direction of 63 bits and a radius of as many digits as a double has: a normal
+        # number lies on no lattice that is coarser than doubles are (`noise` rounds its sum to a much coarser one).
         self._scratch = self._scratch or _Scratch()
-        narrow = out.dtype != torch.float64
         count = out.numel()
         pairs = (count + 1) // 2
-        words, halves = self._scratch.words, self._scratch.words.view(torch.int32)
-        self._stream.update_into(self._scratch.zeros[: (12 if narrow else 16) * pairs], self._scratch.raw)
-        # A word is within [-2^63, 2^63], so that this is within [2^-53, 1], and exactly that after rounding.
-        uniform = self._scratch.uniform[:pairs].copy_(words[:pairs]).mul_(2.0**-64).add_(0.5 + 2.0**-53)
-        squared = uniform.log_().mul_(-2)
-        radius = squared.float().sqrt_() if narrow else squared.sqrt_()
-        angle = (halves[2 * pairs : 3 * pairs] if narrow else words[pairs : 2 * pairs]).to(radius.dtype)
-        angle.mul_(math.pi * (2.0**-31 if narrow else 2.0**-63))
+        words = self._scratch.words
+        self._stream.update_into(self._scratch.zeros[: 16 * pairs], self._scratch.raw)
+        radius = self._minus_twice_log(words[:pairs]).sqrt_()
+        angle = words[pairs : 2 * pairs].to(torch.float64).mul_(math.pi * 2.0**-63)
         rest = count - pairs
         torch.mul(angle.cos(), radius, out=out[:pairs])
         torch.mul(angle[:rest].sin_(), radius[:rest], out=out[pairs:])
         return out
+
+    def _minus_twice_log(self, words: Tensor) -> Tensor:
+        """-2 log u of u uniform on (0, 1], from words of 64 random bits."""
+        assert self._scratch is not None
+        whole = torch.bitwise_and(words, 2**63 - 1, out=words)
+        uniform = self._scratch.uniform[: len(words)].copy_(whole).add_(0.5)
+        if int(whole.min()) < _FEW:
+            # Far tails, once in 2^31 numbers: there are too few whole numbers so near to zero. They get digits behind the point.
+            few = (whole < _FEW).nonzero().flatten()
+            uniform[few] = whole[few] + self._uniforms(len(few)) + 2.0**-54
+        return uniform.mul_(2.0**-63).log_().mul_(-2)
 
     def coins(self, count: int, probability: float) -> Tensor:
         return _below(self._words(count), probability)
@@ -124,32 +134,20 @@ class _Scratch:
         self.uniform = torch.empty(_BLOCK // 2, dtype=torch.float64)
 
 
-class SeededSource:
-    """torch's generator, one stream for each (seed, purpose, charged step): fast and reproducible.
+class SeededSource(SecureSource):
+    """The same keystream with a key of its own for each (seed, plan, purpose, charged step): reproducible.
 
-    Guarantee: only while the seed stays secret; the certificate says so.
+    plan: the digest of the plan, so that two plans with one seed have nothing in common.
+
+    Guarantee: only while the seed stays secret and serves no other training of the same plan; the certificate says so.
     """
 
-    def __init__(self, seed: int, purpose: str, step: int = 0) -> None:
-        self._seed = seed
-        self._purpose = purpose
-        mixed = hashlib.sha256(f"{purpose}:{seed}:{step}".encode()).digest()
-        self._generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little", signed=True))
+    def __init__(self, seed: int, purpose: str, plan: str = "", step: int = 0) -> None:
+        self._seed, self._purpose, self._plan = seed, purpose, plan
+        self._begin(hashlib.sha256(f"{plan}:{purpose}:{seed}:{step}".encode()).digest(), bytes(16))
 
     def at(self, step: int) -> SeededSource:
-        return SeededSource(self._seed, self._purpose, step)
-
-    def normal_(self, out: Tensor) -> Tensor:
-        return out.copy_(torch.randn(out.numel(), generator=self._generator))
-
-    def coins(self, count: int, probability: float) -> Tensor:
-        return _below(torch.randint(2**53, (count,), generator=self._generator), probability)
-
-    def integers(self, count: int, high: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self._generator)
-
-    def permutation(self, count: int) -> Tensor:
-        return _order(self, count)
+        return SeededSource(self._seed, self._purpose, self._plan, step)
 
 
 def _order(source: Source, count: int) -> Tensor:
@@ -165,6 +163,6 @@ def _below(words: Tensor, probability: float) -> Tensor:
     return words < math.floor(probability * 2**53)
 
 
-def source(seed: int | None, purpose: str) -> Source:
-    """A secure source, or where a seed is given a seeded one."""
-    return SecureSource() if seed is None else SeededSource(seed, purpose)
+def source(seed: int | None, purpose: str, plan: str) -> Source:
+    """A secure source, or where a seed is given a seeded one, of the plan with that digest."""
+    return SecureSource() if seed is None else SeededSource(seed, purpose, plan)

@@ -80,6 +80,8 @@ class StepRunner:
         if not self._parameters:
             raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
         for name, parameter in self._parameters.items():
+            if name in (_SIDE_SLOT, _STATISTICS_SLOT):
+                raise PrivgradError(f"a parameter is called {name!r}, which is the name of a side release; rename it")
             if parameter.is_complex():
                 raise PrivgradError(
                     f"the parameter {name!r} is complex, and sums and noise are real; hold its real and imaginary part as one "
@@ -115,7 +117,7 @@ class StepRunner:
 
     def source(self, purpose: str) -> Source:
         """A source of its own for one purpose, of the quality that the plan asks for."""
-        return source(self._seed, purpose)
+        return source(self._seed, purpose, self.plan.digest())
 
     def release(self, batch: Tree, fold: Fold, rate: float | None = None) -> Release:
         """One step: batch (rows first, on the model's device) to what may be seen. rate: the learning rate, for mixing."""

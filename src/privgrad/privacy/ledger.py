@@ -203,7 +203,7 @@ class Ledger:
     further charge is refused, because nobody knows what the file then holds.
     """
 
-    def __init__(self, terms: Terms, path: Path | None = None, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(self, terms: Terms, path: Path | str | None = None, prepare: Callable[[], None] | None = None) -> None:
         """Start a new ledger. A file in which a run has begun is refused: `Ledger.resume` continues one.
 
         prepare: called while the file is locked and before its first line is written: for what a begun run must have.
@@ -216,10 +216,13 @@ class Ledger:
         line, self._head = _line(terms.to_json(), "")
         if path is None:
             return
+        path = Path(path)
         try:
             self._file = AppendFile(path, create=True)
             if has_begun(path):
-                raise PrivgradError(f"{path} exists already; resume that run or choose another directory")
+                raise PrivgradError(
+                    f"{path} exists already; resume that run (in a loop of your own: Ledger.resume), or choose another directory"
+                )
             self._file.cut(0)  # a first line that a crash cut off
             if prepare is not None:
                 prepare()
@@ -233,13 +236,14 @@ class Ledger:
             raise
 
     @classmethod
-    def resume(cls, path: Path, terms: Terms) -> Ledger:
+    def resume(cls, path: Path | str, terms: Terms) -> Ledger:
         """Continue a ledger after a stop or a crash. Every complete line counts; a torn last line is cut off.
 
         Raises:
             PrivgradError: another process holds the ledger, or it was written under other terms.
             VerificationError: a broken chain.
         """
+        path = Path(path)
         try:
             file = AppendFile(path)
         except OSError as error:

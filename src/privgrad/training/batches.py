@@ -94,10 +94,10 @@ class _Rows(Dataset[Any]):
         whole = taker(self.dataset) if self.collate_fn is None else None
         if whole is not None:
             return whole(torch.from_numpy(indices))
-        return (self.collate_fn or default_collate)(_items(self.dataset, indices.tolist()))
+        return (self.collate_fn or default_collate)(items_of(self.dataset, indices.tolist()))
 
 
-def _items(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
+def items_of(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
     fetch = getattr(dataset, "__getitems__", None)
     return fetch(indices) if fetch else [dataset[index] for index in indices]
 
@@ -143,8 +143,8 @@ def first_row(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | N
 def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
     """Refuse a collate_fn that mixes records (MixUp, CutMix): the first row of a batch must not hold the second record.
 
-    Tries it under some seeds; the caller keeps the generators. Nothing is said where shapes differ (padding), where the function
-    draws random numbers of its own, or where records hold no tensor and no array.
+    Tries it under some seeds; the caller keeps the generators. Nothing is said where shapes differ (`padding` sees those), where
+    the function draws random numbers of its own, or where records hold no tensor and no array.
 
     Guarantee: the records are made up, with the first one's shapes: no value of a tensor, an array or a number enters.
 
@@ -155,8 +155,8 @@ def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] |
         return
     mixes = False
     with contextlib.suppress(Exception):  # what cannot be read or collated is refused elsewhere, in words
-        (like,) = _items(dataset, [0])
-        items = [pytree.tree_map(_made_up, like) for _ in range(3)]
+        (like,) = items_of(dataset, [0])
+        items = [pytree.tree_map(made_up, like) for _ in range(3)]
         mixes = any(_mixes(collate_fn, items, seed) for seed in range(_SEEDS))
     if mixes:
         raise RefusedError(
@@ -166,7 +166,7 @@ def check_apart(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] |
         )
 
 
-def _made_up(leaf: Any) -> Any:
+def made_up(leaf: Any) -> Any:
     """Random numbers in the place of a tensor's, an array's or a single one; anything else as it is."""
     if isinstance(leaf, Tensor):
         drawn = torch.randn(leaf.shape) if leaf.is_floating_point() else torch.randint(2, leaf.shape)

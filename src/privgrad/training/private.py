@@ -30,6 +30,7 @@ from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import Drawn, SampledBatch, check_apart, first_row, sampled_batches
+from privgrad.training.padding import check_padding
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
 
@@ -257,6 +258,7 @@ def make_private(
     plan.check_public(public is not None)
     with same_randomness([]):
         check_apart(dataset, collate_fn)
+    check_padding(model, loss_fn, dataset, collate_fn)
     shown = public_rows(public, dataset, collate_fn)
     coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
@@ -271,6 +273,11 @@ def make_private(
         ledger = Ledger(plan.terms())
     elif not isinstance(ledger, Ledger):
         ledger = ledger()
+    if ledger.terms != plan.terms():
+        raise PrivgradError(
+            "the ledger was opened under other terms (plan, sampler, adjacency, accountant or delta) than the plan has for this "
+            "data set; open it with plan.for_dataset(units).terms()"
+        )
     runner = StepRunner(plan, model, loss_fn, chosen, ledger, shown, reduce, coupling.passes)
     return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units)
 
