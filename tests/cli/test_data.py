@@ -13,7 +13,7 @@ import tomli_w
 from privgrad.cli import run as privgrad
 from privgrad.data import images
 from privgrad.data.settings import read_settings
-from privgrad.data.source import load
+from privgrad.data.source import load, located
 from tests.cli.test_commands import Said, refusal, say
 from tests.data.files import TABLE, image_bytes, people, pictures, write_folder, write_images
 
@@ -201,3 +201,22 @@ def test_users_are_protected_by_their_column(tmp_path: Path) -> None:
     assert "client" in said
     assert "customer" in said, "the columns that there are"
     assert not (tmp_path / "no").exists()
+
+
+def test_shuffled_batches_of_a_folder_are_refused_under_replace_one(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", pictures(40), [0, 1] * 20)
+    given = ("train", "--data", folder, "--set", f"data.test_source={folder}", "--set", "plan.sampling.kind=shuffled")
+    more = ("--set", "plan.sampling.batch_size=10", "--set", "plan.steps=1", "--out", tmp_path / "run")
+    refused = say(*given, "--set", "privacy.adjacency=replace_one", *more)
+    assert refused.code == 2
+    assert "shuffled batches of a folder" in refused.err
+    assert say(*given, *more).code == 0
+
+
+def test_a_home_directory_is_understood_where_images_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory called "~" under the current one would hold private images."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert located({"source": "digits", "test_source": None, "cache": "~/kept"}, None)["cache"] == str(
+        tmp_path / "home" / "kept"
+    )

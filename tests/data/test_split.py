@@ -15,7 +15,7 @@ from privgrad.data.source import Source, load, training_size
 from privgrad.data.split import split
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.privacy.adjacency import Adjacency
-from tests.data.files import TABLE, encoded, people, settings
+from tests.data.files import TABLE, encoded, people, pictures, settings, write_folder
 
 
 def loaded(path: Path, frame: pandas.DataFrame, share: float = 0.25, **more: Any) -> Source:
@@ -160,3 +160,13 @@ def test_a_key_that_is_no_single_value_or_not_there_is_refused(tmp_path: Path) -
         load(settings(tmp_path, table=TABLE), key="customer")
     with pytest.raises(PrivgradError, match=r"key is 'custommer', and .* it has 'customer', 'age'"):
         load(settings(tmp_path, table=TABLE), key="custommer")
+
+
+def test_images_in_the_order_of_their_names_are_not_split_under_replace_one(tmp_path: Path) -> None:
+    """A record that is replaced by one of another class has another number, and all between them move by one."""
+    labels = [0, 1] * 20
+    folder = write_folder(tmp_path / "images", pictures(40), labels)
+    given = settings(folder, test_share=0.25)
+    with pytest.raises(RefusedError, match="follows from class and file name"):
+        load(given, Adjacency.REPLACE_ONE)
+    assert load(given).by_name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import privgrad as pg
 from privgrad.privacy.accounting import Precision
+from privgrad.privacy.certificate import statement
 
 
 def plan(**changes: object) -> pg.Plan:
@@ -130,3 +132,43 @@ def test_a_training_whose_epsilon_could_not_be_told_is_not_begun() -> None:
     by_rdp = dataclasses.replace(long, accountant=pg.Accountant.RDP)
     by_rdp.terms()
     assert 0 < by_rdp.epsilon() < 10
+
+
+def test_shuffled_users_are_refused_under_replace_one() -> None:
+    """A user with another key takes another number, and moves those between to other batches."""
+    given: dict[str, Any] = {
+        "sampling": pg.ShuffledBatches(batch_size=5),
+        "steps": 4,
+        "noise": pg.GaussianNoise(multiplier=1.0),
+    }
+    with pytest.raises(pg.RefusedError, match="numbered by their keys"):
+        pg.Plan(**given, protects=pg.User("who"), adjacency="replace_one")
+    assert pg.Plan(**given, protects=pg.User("who"))
+    assert pg.Plan(**given, adjacency="replace_one")
+
+
+def test_mechanisms_of_the_users_own_are_named_where_people_read_it() -> None:
+    class Believed(pg.FlatClipping):
+        pass
+
+    own = pg.Plan(
+        sampling=pg.FullBatch(divisor=5.0),
+        steps=4,
+        noise=pg.GaussianNoise(multiplier=1.0),
+        clipping=Believed(),
+    )
+    facts = own.facts()
+    (name,) = facts.own
+    assert name.endswith("Believed")
+    assert facts.words["clipping"].startswith(f"a mechanism of the user's own ({name})")
+    assert dataclasses.replace(own, clipping=pg.FlatClipping()).facts().own == ()
+    claim = {
+        "guarantee": True,
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "unit": "example",
+        "noise": {"secret_seed": False},
+        "disclosed": [],
+    }
+    assert f"mechanisms of the user's own ({name})" in statement({**claim, "own_mechanisms": list(facts.own)})
+    assert "own" not in statement(claim)

@@ -215,3 +215,10 @@ def test_an_empty_draw_of_users_is_a_step_like_any_other() -> None:
     (batch,) = sampled_batches(TensorDataset(torch.zeros(3)), iter([empty]))
     assert batch.data is None
     assert batch.fold.units == 0
+
+
+def test_a_key_that_is_no_number_is_refused() -> None:
+    """NaN is not equal to itself: each would be a user of its own."""
+    dataset = TensorDataset(torch.zeros(3, 2))
+    with pytest.raises(pg.PrivgradError, match="a key is NaN"):
+        units_of(dataset, pg.User("who"), torch.tensor([1.0, float("nan"), float("nan")]))

@@ -43,7 +43,7 @@ class Files:
 
 def data_directory() -> Path:
     """$PRIVGRAD_DATA, or data/ in the current directory."""
-    return _expanded("$PRIVGRAD_DATA", Path(os.environ.get("PRIVGRAD_DATA") or "data"))
+    return expanded("$PRIVGRAD_DATA", Path(os.environ.get("PRIVGRAD_DATA") or "data"))
 
 
 def locate(key: str, source: str, *, beside: Path | None = None, embedded: Collection[str] = ()) -> Path:
@@ -54,7 +54,7 @@ def locate(key: str, source: str, *, beside: Path | None = None, embedded: Colle
     """
     given = Path(source)
     if source.startswith("~"):
-        places = [_expanded(key, given)]
+        places = [expanded(key, given)]
     else:
         explicit = given.is_absolute() or source.split("/", 1)[0] in (".", "..")
         places = [] if explicit else [data_directory() / given]
@@ -159,7 +159,8 @@ def _exists(key: str, path: Path) -> bool:
         raise PrivgradError(f"{key} is {str(path)!r}, which cannot be read: {error.strerror or error}") from error
 
 
-def _expanded(key: str, path: Path) -> Path:
+def expanded(key: str, path: Path) -> Path:
+    """A path with the user's home in the place of "~"."""
     try:
         return path.expanduser()
     except RuntimeError as error:

@@ -91,6 +91,7 @@ def open_folder(files: Files, settings: ImageSettings, stated: Classes | None, k
         classes=classes,
         inputs=lambda: read_pixels(blobs, len(paths), settings, root, paths, cache),
         scaling=scaling(settings),
+        by_name=True,
     )
 
 

@@ -22,6 +22,7 @@ class Part:
 
     where: its file, for error texts. labels: [n] int64. inputs: a function that gives float32 [n, *shape], or uint8 pixels.
     keys: [n], the unit of each record, where they were asked for. scaling: what is done to the inputs, in words.
+    by_name: rows are in the order of their files' names, so that a record's number follows from what it is called.
     """
 
     where: str
@@ -30,6 +31,7 @@ class Part:
     inputs: Callable[[], Tensor]
     scaling: str
     keys: NDArray[Any] | None = None
+    by_name: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,6 +46,7 @@ class Part:
             inputs=lambda: read()[index],
             scaling=self.scaling,
             keys=None if self.keys is None else self.keys[chosen],
+            by_name=self.by_name,
         )
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from privgrad.data.cache import Cache
 from privgrad.data.features import image_shape, with_features
-from privgrad.data.find import Files, locate, one_split, split_files
+from privgrad.data.find import Files, expanded, locate, one_split, split_files
 from privgrad.data.generators import GENERATORS
 from privgrad.data.image_files import open_folder, open_parquet_images
 from privgrad.data.npz import holds_both_splits, open_npz
@@ -33,6 +33,7 @@ class Source:
 
     input_shape: of one record. scaling: what was done to the inputs, in words; constants are fixed, never computed from
     private records. keys: the unit 0..users-1 that each training record belongs to, int64 [size], where a key was asked for.
+    by_name: a record's row number follows from what its file is called (see `Part`).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     scaling: str
     keys: Tensor | None = None
     users: int | None = None
+    by_name: bool = False
 
 
 def digits() -> Source:
@@ -124,6 +126,7 @@ def load(settings: DataSettings | str, adjacency: Adjacency = Adjacency.ZERO_OUT
         scaling=scaling,
         keys=keys,
         users=users,
+        by_name=train.by_name,
     )
 
 
@@ -180,7 +183,7 @@ def located(data: dict[str, Any], beside: Path | None) -> dict[str, Any]:
     if data["test_source"] is not None:
         found["test_source"] = str(locate("data.test_source", data["test_source"], beside=beside))
     if data["cache"] not in ("auto", "none"):
-        found["cache"] = str(Path(data["cache"]).absolute())
+        found["cache"] = str(expanded("data.cache", Path(data["cache"])).absolute())
     return found
 
 
@@ -196,7 +199,7 @@ def _open(path: Path, settings: DataSettings, adjacency: Adjacency, key: str | N
             f"{'leave out' if own else 'give'} data.test_source = 'PATH' {'and' if own else 'or'} data.test_share = 0.2"
         )
     if settings.test_share is not None:
-        check_share(adjacency, key)
+        check_share(adjacency, key, files.is_folder)
     if settings.test_source is not None:
         test_files = one_split(locate("data.test_source", settings.test_source))
     splits = [files] if test_files is None else [files, test_files]

@@ -18,12 +18,13 @@ from privgrad.privacy.adjacency import Adjacency
 _PURPOSE = b"privgrad test_share 1: "
 
 
-def check_share(adjacency: Adjacency, key: str | None) -> None:
+def check_share(adjacency: Adjacency, key: str | None, by_name: bool) -> None:
     """Refuse a split under which a neighbouring data set would be no neighbour any more.
 
     Raises:
         RefusedError: add_remove by row numbers, which one record less would shift for all after it; replace_one by units, where
-            the new unit's key may belong to the other side, so that the size changes.
+            the new unit's key may belong to the other side, so that the size changes; or of files in the order of their names
+            (by_name), where a record that comes instead of another has another number, and moves those between.
     """
     if adjacency is Adjacency.ADD_REMOVE and key is None:
         raise RefusedError(
@@ -34,6 +35,12 @@ def check_share(adjacency: Adjacency, key: str | None) -> None:
         raise RefusedError(
             "data.test_share splits by unit, and under replace_one the unit that comes instead may be on the other side, which "
             "would change the size of the training split; give a test file (data.test_source), or another privacy.adjacency"
+        )
+    if adjacency is Adjacency.REPLACE_ONE and by_name:
+        raise RefusedError(
+            "data.test_share splits by row number, which in a folder follows from class and file name: under replace_one an "
+            "image that comes instead of another would move those between to the other side; give a test folder "
+            "(data.test_source), or another privacy.adjacency"
         )
 
 

@@ -124,11 +124,24 @@ class Plan:
                 "empty: take at most as many groups, or clip each unit (no groups)"
             )
         self.sampling.check(self.adjacency)
+        self._check_order()
         if self.mixing is not None:
             self.mixing.check(self)
         if self.sampling.sampled is not None:
             relation(self.sampling.sampled.sampler, self.adjacency, self.accountant)
             _ = self.words  # the certificate's: a stage without them is found now, and not after the training
+
+    def _check_order(self) -> None:
+        """Batches in a public order say who is in which: a unit that takes another's place must take it in the order, too."""
+        if (
+            isinstance(self.sampling, ShuffledBatches)
+            and self.adjacency is Adjacency.REPLACE_ONE
+            and isinstance(self.protects, User)
+        ):
+            raise RefusedError(
+                "shuffled batches of users under replace_one: users are numbered by their keys, so that one who comes instead of "
+                "another moves those between them to other batches; use Poisson sampling, or adjacency zero_out"
+            )
 
     @property
     def divisor(self) -> float:
@@ -259,7 +272,9 @@ class Plan:
         if isinstance(self.protects, Example):
             del stages["protects"]
         return {
-            name: _words(name, chosen).replace("{unit}", unit) for name, chosen in stages.items() if chosen is not None
+            name: _own(name, chosen) + _words(name, chosen).replace("{unit}", unit)
+            for name, chosen in stages.items()
+            if chosen is not None
         }
 
     def facts(self) -> PlanFacts:
@@ -271,6 +286,7 @@ class Plan:
             noise_multiplier=float(self.noise.multiplier or 0.0),
             seeded=self.noise.insecure_seed is not None,
             steps=self.steps,
+            own=tuple(_kind(name, stage) for name in KINDS if _own(name, stage := getattr(self, name))),
             disclosed=tuple(DISCLOSURES[name].replace("{unit}", self.protects.unit) for name in self.disclose),
         )
 
@@ -329,13 +345,22 @@ def _words(slot: str, stage: Any) -> str:
     return words
 
 
+def _kind(slot: str, stage: Any) -> str:
+    """A stage's name: one of KINDS; that of its class where it is the user's own, so that ledger and certificate can tell."""
+    known = next((kind for kind, cls in KINDS[slot].items() if type(stage) is cls), None)
+    return f"{type(stage).__module__}:{type(stage).__qualname__}" if known is None else known
+
+
+def _own(slot: str, stage: Any) -> str:
+    """What the certificate says first of a mechanism that is not this library's; nothing of one that is."""
+    if stage is None or type(stage) in KINDS[slot].values():
+        return ""
+    return f"a mechanism of the user's own ({_kind(slot, stage)}), which says of itself: "
+
+
 def _stage_to_json(slot: str, value: Any) -> dict[str, Any]:
-    kind = next((kind for kind, cls in KINDS[slot].items() if type(value) is cls), None)
-    if kind is None:
-        # A mechanism of the user's own: named, so that ledger and certificate can tell it from ours; read back by nobody.
-        kind = f"{type(value).__module__}:{type(value).__qualname__}"
     return {
-        "kind": kind,
+        "kind": _kind(slot, value),
         **{field.name: _plain(field, getattr(value, field.name)) for field in dataclasses.fields(value)},
     }
 

@@ -66,7 +66,8 @@ class PlanFacts:
     """What a certificate needs to know of a plan: its JSON, what its stages do in words, and a few of its numbers.
 
     unit: one unit of privacy, in a word. seeded: the noise comes from a seed that must stay secret.
-    disclosed: what leaves the training without noise because the user asked for it, in words.
+    disclosed: what leaves the training without noise because the user asked for it, in words. own: the classes of mechanisms that
+    are not this library's.
     """
 
     plan: Mapping[str, Any]
@@ -76,6 +77,7 @@ class PlanFacts:
     seeded: bool
     steps: int
     disclosed: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
 
 
 def make_certificate(
@@ -124,6 +126,7 @@ def make_certificate(
             "metrics": {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()},
         },
         "disclosed": list(facts.disclosed),
+        **({"own_mechanisms": list(facts.own)} if facts.own else {}),
         "not_covered": list(_NOT_COVERED),
         "ledger": {"steps": record.count, "head": record.head},
         "plan": dict(facts.plan),
@@ -174,6 +177,11 @@ def statement(certificate: Mapping[str, Any]) -> str:
     limits = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
     if certificate["disclosed"]:
         limits += f" It does not cover what was shown without noise on request: {'; '.join(certificate['disclosed'])}."
+    if certificate.get("own_mechanisms"):
+        limits += (
+            " Its proof is not this library's alone: it rests on mechanisms of the user's own "
+            f"({', '.join(certificate['own_mechanisms'])})."
+        )
     return (
         f"This model was trained with differential privacy: epsilon = {rounded_epsilon(certificate)}, "
         f"delta = {plain_delta(certificate)}, for each {certificate['unit']} of the training data.{limits}"

@@ -124,6 +124,8 @@ def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Un
 def _dense(keys: Keys) -> Tensor:
     """[rows] int64: the users numbered from 0, in the order of their first row."""
     values = keys.tolist() if isinstance(keys, Tensor) else list(keys)
+    if any(value != value for value in values):  # each NaN would be a user of its own
+        raise PrivgradError("a key is NaN; every record must belong to a unit: leave such records out")
     number: dict[Hashable, int] = {}
     try:
         return torch.tensor([number.setdefault(value, len(number)) for value in values], dtype=torch.int64)
