@@ -653,3 +653,45 @@ def test_a_process_stopped_in_the_middle_leaves_a_run_that_verifies(tmp_path: Pa
 def test_the_tests_model_is_found_where_the_command_line_looks_for_it() -> None:
     """Otherwise the tests of stopping would fail for another reason than they say."""
     assert Own((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("optimizer.schedule={name='OneCycleLR',max_lr=1.0,total_steps=2}", "OneCycleLR fails at step"),
+        ("optimizer.schedule={name='StepLR',step_size=0}", "StepLR fails at step 1"),
+        ("optimizer.schedule={name='ExponentialLR',gamma=nan}", "learning rate nan"),
+        ("optimizer.schedule={name='StepLR',step_size=3,last_epoch=5}", "cannot be made"),
+        ("optimizer.momentum=nan", "out of range"),
+        ("optimizer.weight_decay=inf", "out of range"),
+        ("plan.epochs=1e308", "too many steps to count"),
+        ("run.device=meta", "cannot be used"),
+    ],
+)
+def test_what_would_fail_after_a_charge_is_refused_before(tmp_path: Path, setting: str, says: str) -> None:
+    more = [] if "epochs" in setting else ["--set", "plan.steps=6"]
+    given = ["train", "--set", setting, *more, "--set", "plan.noise.multiplier=1", "--out", tmp_path / "run"]
+    assert says in refusal(*given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_number_of_private_records_is_told_under_add_remove(tmp_path: Path) -> None:
+    given = ["train", "--set", "plan.noise.multiplier=1", "--set", "plan.steps=1", "--set", "privacy.delta=0.01"]
+    counted = say(*given, "--out", tmp_path / "a")
+    assert "1/n = 0.0007" in counted.err
+    stated = [
+        "--set",
+        "plan.sampling.rate=0.05",
+        "--set",
+        "plan.sampling.divisor=50",
+        "--set",
+        "privacy.adjacency=add_remove",
+    ]
+    assert "1/n = 0.001:" in say(*given, *stated, "--out", tmp_path / "b").err
+
+
+def test_an_empty_name_of_a_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unset variable of the shell: the run would fill the current directory."""
+    monkeypatch.chdir(tmp_path)
+    assert "no name of a directory" in refusal("train", "--out", "")
+    assert list(tmp_path.iterdir()) == []

@@ -135,7 +135,7 @@ def test_a_comparison_is_not_mixed_with_another_one(plans: Path, tmp_path: Path)
     (plans / "fast.toml").write_text('include = "_base.toml"\n[model]\nname = "mlp"')
     assert "is not the one" in refusal("compare", plans / "fast.toml", "--resume", "--out", out)
     said = say("compare", plans / "slow.toml", "--seeds", "1", "--resume", "--out", out, "--json")
-    assert [row["plan"] for row in said.json["rows"]] == ["slow"]
+    assert {row["plan"] for row in said.json["rows"]} == {"slow", "fast"}, "what was trained before is in the table"
 
 
 def test_an_error_says_which_training_it_is_of(plans: Path, tmp_path: Path) -> None:
@@ -202,3 +202,35 @@ def test_an_includes_tables_lie_under_the_files_own(tmp_path: Path) -> None:
             "sampling": {"kind": "full_batch"},
         }
     }
+
+
+def test_fewer_seeds_than_before_do_not_hide_what_was_trained(plans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert say("compare", plans / "fast.toml", "--seeds", "2", "--out", out).code == 0
+    said = say("compare", plans / "fast.toml", "--seeds", "1", "--resume", "--out", out, "--json")
+    assert (said.json["trainings"], said.json["rows"][0]["seeds"]) == (2, 2)
+    (out / "fast" / "seed-1" / "result.json").write_text("{}")
+    assert "is not the result of a training" in say("compare", plans / "fast.toml", "--resume", "--out", out).err
+
+
+def test_a_plan_with_a_mistake_can_be_mended_before_anything_of_it_was_charged(plans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (plans / "slow.toml").write_text('include = "_base.toml"\n[model]\nname = "mlpp"')
+    assert "slow, seed 0: model.name is 'mlpp'" in say("compare", plans, "--seeds", "1", "--out", out).err
+    (plans / "slow.toml").write_text('include = "_base.toml"\n[model]\nname = "logistic_regression"')
+    (plans / "._fast.toml").write_bytes(b"\x00\x05\x16\x07\xff")
+    said = say("compare", plans, "--seeds", "1", "--resume", "--out", out, "--json")
+    assert said.code == 0, said.err
+    assert {row["plan"] for row in said.json["rows"]} == {"slow", "fast"}
+
+
+def test_a_training_that_stopped_before_its_first_step_is_begun_again(plans: Path, tmp_path: Path) -> None:
+    """Two Ctrl-C in the first step leave an empty ledger."""
+    out = tmp_path / "out"
+    assert say("compare", plans / "fast.toml", "--seeds", "1", "--out", out).code == 0
+    empty = Run(out / "fast" / "seed-1")
+    empty.directory.mkdir()
+    empty.ledger.write_text("")
+    said = say("compare", plans / "fast.toml", "--seeds", "2", "--resume", "--out", out, "--json")
+    assert said.code == 0, said.err
+    assert said.json["trainings"] == 2

@@ -29,6 +29,7 @@ from privgrad.training import run as run_module
 from privgrad.training import trainer as trainer_module
 from privgrad.training.averaging import ExponentialAverage
 from privgrad.training.checkpoint import load_tree
+from privgrad.training.evaluation import DeclaredSplit, accuracy
 from privgrad.training.run import Run
 from privgrad.training.stops import InterruptedRunError
 from privgrad.training.trainer import Trainer
@@ -695,3 +696,27 @@ def test_training_goes_on_in_train_mode_after_an_evaluation(tmp_path: Path) -> N
     finished(tmp_path, loss_fn=loss_fn, test=pg.DeclaredSplit(records(1)), evaluations=STEPS)
     assert len(seen) >= STEPS
     assert all(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"averaging": "ema"}, "averaging is 'ema'"),
+        ({"test": records()}, "test is a TensorDataset; expected DeclaredSplit"),
+        ({"test": DeclaredSplit(TensorDataset(torch.zeros(4, 3)))}, "not \\(input, class\\) pairs"),
+        ({"test": DeclaredSplit(TensorDataset(torch.zeros(4, 3), torch.zeros(4, 1)))}, "accuracy is of one class"),
+    ],
+)
+def test_what_could_not_be_evaluated_is_refused_before_anything_is_charged(
+    tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(pg.PrivgradError, match=says):
+        build(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_no_classes_have_no_accuracy() -> None:
+    """[n] beside [n, 1] would be compared n times n: an accuracy of 5400 %."""
+    split = DeclaredSplit(TensorDataset(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)))
+    with pytest.raises(pg.PrivgradError, match="logits \\[rows, classes\\]"):
+        accuracy(nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2))), split)

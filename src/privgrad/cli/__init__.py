@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -61,5 +62,6 @@ def run(arguments: list[str]) -> int:
 
 def _say(message: str, code: int) -> int:
     line = " ".join(message.split())
-    print(f"privgrad: {line}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that was closed
+        print(f"privgrad: {line}", file=sys.stderr)
     return code

@@ -96,7 +96,11 @@ def audit(
     found = KINDS[kind](subject, trials, confidence)
     path = picture or (None if subject.run is None else subject.run.directory / f"audit-{kind}.svg")
     if path is not None:
-        write_atomically(path, to_svg(found.picture))
+        try:
+            write_atomically(path, to_svg(found.picture))
+        except PrivgradError as error:  # the finding took long, and must not be lost with its picture
+            print(f"privgrad: warning: no picture: {error}", file=sys.stderr)
+            path = None
     if json:
         shared = {name: getattr(found, name) for name in ("epsilon_claimed", "epsilon_lower", "confidence", "trials")}
         rest = {

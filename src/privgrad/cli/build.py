@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 
 from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
 from privgrad.data.generators import GENERATORS
 from privgrad.data.settings import read_settings
 from privgrad.data.source import Source, generated, load, load_public, training_size
-from privgrad.errors import PrivgradError, check_count, check_number, nearest
+from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, nearest
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.noise import SECRET
 from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
+from privgrad.mechanism.sampling import ShuffledBatches
 from privgrad.mechanism.stage import Sampling
 from privgrad.privacy.accounting import MOST_STEPS
 from privgrad.privacy.adjacency import Adjacency, User
 from privgrad.training.averaging import ExponentialAverage
+
+_TRIED = 20_000
+"""So many steps of a schedule are tried beforehand."""
 
 ENGINES: dict[str, Callable[[int | None], Engine]] = {
     "auto": OnePassEngine,
@@ -74,7 +80,12 @@ def _steps(steps: Any, epochs: Any, sampling: Sampling) -> int:
         raise PrivgradError("both plan.steps and plan.epochs are given; leave one out")
     if epochs is not None:
         check_number("plan.epochs", epochs, above=0)
-        return sampling.steps_in(float(epochs))
+        try:
+            return sampling.steps_in(float(epochs))
+        except OverflowError:
+            raise PrivgradError(
+                f"plan.epochs is {epochs!r}, with these batches too many steps to count; expected at most {MOST_STEPS:,} steps"
+            ) from None
     if steps is None:
         return DEFAULT_STEPS
     check_count("plan.steps", steps, at_most=MOST_STEPS)
@@ -82,10 +93,25 @@ def _steps(steps: Any, epochs: Any, sampling: Sampling) -> int:
 
 
 def build_data(config: Config) -> Source:
-    """The private data and its declared split, with the unit of each record where the plan protects users."""
+    """The private data and its declared split, with the unit of each record where the plan protects users.
+
+    Raises:
+        RefusedError: batches in a public order of records whose place in it follows from what they hold.
+    """
     protects = stage_from_json("protects", config["plan"]["protects"])
     key = protects.key if isinstance(protects, User) else None
-    return load(read_settings(config["data"]), _adjacency(config), key=key)
+    adjacency = _adjacency(config)
+    source = load(read_settings(config["data"]), adjacency, key=key)
+    if (
+        source.by_name
+        and adjacency is Adjacency.REPLACE_ONE
+        and config["plan"]["sampling"]["kind"] == ShuffledBatches.kind
+    ):
+        raise RefusedError(
+            "shuffled batches of a folder under replace_one: an image's number follows from its class and file name, so that one "
+            "that comes instead of another moves those between them to other batches; use Poisson sampling, or adjacency zero_out"
+        )
+    return source
 
 
 def build_public(config: Config, private: Source) -> Dataset[Any] | None:
@@ -141,7 +167,7 @@ def build_device(config: Config) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(str(name))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, ImportError, TypeError, ValueError, AssertionError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise PrivgradError(f"run.device is {name!r}, which cannot be used: {reason}") from error
@@ -193,18 +219,53 @@ def build_optimizer(config: Config, model: nn.Module) -> tuple[Optimizer, LRSche
 
 
 def _try_step(optimizer_class: type[Optimizer], arguments: dict[str, Any]) -> None:
-    """Some optimizers look at their arguments only when they step: one step on a parameter of its own, before any charge."""
+    """Some optimizers look at their arguments only when they step: two steps on a parameter of its own, before any charge."""
     if optimizer_class in (torch.optim.LBFGS, torch.optim.SparseAdam):
         return  # refused with their own reasons
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
-        optimizer_class([parameter], **arguments).step()
+        optimizer = optimizer_class([parameter], **arguments)
+        for _ in range(2):  # momentum shows in the second one
+            optimizer.step()
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PrivgradError(
-            f"optimizer: {optimizer_class.__name__} cannot take a step with {arguments}: {reason}"
+            f"optimizer: {optimizer_class.__name__} cannot take a step with {arguments}: {reason_of(error)}"
         ) from error
+    if not bool(parameter.isfinite().all()):
+        raise PrivgradError(
+            f"optimizer: two steps of {optimizer_class.__name__} with {arguments} take a weight of 1 out of range; "
+            "expected smaller, finite settings"
+        )
+
+
+def check_schedule(config: Config, steps: int) -> None:
+    """Run the schedule of a configuration beforehand, on an optimizer of its own: one that fails later would cost a run.
+
+    Raises:
+        PrivgradError: at which step it fails, or gives a learning rate that is no number.
+    """
+    schedule = config["optimizer"].get("schedule")
+    if schedule is None or str(schedule.get("name")).lower() == ReduceLROnPlateau.__name__.lower():
+        return  # the trainer refuses that one with its reason
+    optimizer, trial = build_optimizer(config, nn.Linear(1, 1))
+    assert trial is not None
+    for step in range(1, min(steps, _TRIED) + 1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trial.step()
+            rates = [float(group["lr"]) for group in optimizer.param_groups]
+        except Exception as error:
+            raise PrivgradError(
+                f"optimizer.schedule: {type(trial).__name__} fails at step {step} of {steps} "
+                f"({reason_of(error)}); expected one for all steps of the plan"
+            ) from error
+        if not all(map(math.isfinite, rates)):
+            raise PrivgradError(
+                f"optimizer.schedule: {type(trial).__name__} gives the learning rate {rates[0]} at step {step} of {steps}; "
+                "expected finite ones"
+            )
 
 
 def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:
@@ -218,11 +279,16 @@ def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:
     return classes[str(name).lower()]
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what a library says; the kind of error where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def _make(key: str, cls: type[Any], first: Any, arguments: dict[str, Any]) -> Any:
     try:
         return cls(first, **arguments)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise PrivgradError(f"{key}: {cls.__name__} cannot be made with {arguments}: {error}") from error
+    except Exception as error:
+        raise PrivgradError(f"{key}: {cls.__name__} cannot be made with {arguments}: {reason_of(error)}") from error
 
 
 def plan_for_numbers(

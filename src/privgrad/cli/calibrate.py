@@ -20,6 +20,7 @@ from privgrad.cli.numbers import (
 )
 from privgrad.cli.output import print_json
 from privgrad.errors import PrivgradError
+from privgrad.privacy.certificate import round_up
 
 
 def calibrate(
@@ -63,7 +64,7 @@ def calibrate(
             }
         )
     else:
-        found = f"noise multiplier = {plan.noise.multiplier:.6g}"
+        found = f"noise multiplier = {round_up(plan.noise.multiplier or 0.0, 6)}"
         if by_width and plan.mixing is not None:
-            found = f"width ratio = {plan.mixing.width_ratio:.6g}"
-        print(f"{found} (epsilon = {plan.epsilon():.4f} at delta = {plan.delta:g})")
+            found = f"width ratio = {round_up(float(plan.mixing.width_ratio), 6)}"
+        print(f"{found} (epsilon = {round_up(plan.epsilon(), 4)} at delta = {plan.delta:g})")

@@ -48,6 +48,7 @@ def compare(
     directory = out or Path("runs") / f"compare-{configs[0].resolve().stem}"
     _open(directory, plans, seeds, resume=resume)
     cells = [_cell(directory, plan, config, seed) for plan, config, seed in _grid(plans, seeds, directory)]
+    cells += _others(directory, cells)
     rows = rows_of(cells)
     _write(directory, rows, cells)
     if json_:
@@ -60,7 +61,7 @@ def _files(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [file for file in sorted(path.glob("*.toml")) if not file.name.startswith("_")]
+            inside = [file for file in sorted(path.glob("*.toml")) if not file.name.startswith(("_", "."))]
             if not inside:
                 raise PrivgradError(f"{path} holds no configuration (*.toml); expected one for each plan")
             found += inside
@@ -99,8 +100,12 @@ def _open(directory: Path, plans: dict[str, Config], seeds: int, *, resume: bool
             raise PrivgradError(
                 f"{directory} already holds a comparison; go on with --resume, or choose another (--out)"
             )
-        known = read_json(stamp).get("plans", {})
-        changed = sorted(name for name, value in asked.items() if known.get(name, value) != value)
+        known = read_json(stamp).get("plans")
+        if not isinstance(known, dict):
+            raise PrivgradError(f"{stamp} does not say which plans the comparison has; use another directory (--out)")
+        changed = sorted(
+            name for name, value in asked.items() if known.get(name, value) != value and _has_begun(directory / name)
+        )
         if changed:
             raise PrivgradError(
                 f"the configuration of {', '.join(changed)} is not the one that {directory} was started with; "
@@ -114,6 +119,11 @@ def _open(directory: Path, plans: dict[str, Config], seeds: int, *, resume: bool
     except OSError as error:
         raise PrivgradError(f"{directory} cannot be made: {error.strerror or error}") from error
     write_atomically(stamp, canonical_json({"plans": asked, "seeds": seeds}) + "\n")
+
+
+def _has_begun(plan: Path) -> bool:
+    """Whether any training of a plan has charged something: before that, its configuration may still be mended."""
+    return any(Run(seed).begun for seed in plan.glob("seed-*"))
 
 
 def _grid(plans: dict[str, Config], seeds: int, directory: Path) -> Iterator[tuple[str, Config, int]]:
@@ -140,21 +150,38 @@ def _result_file(directory: Path, plan: str, seed: int) -> Path:
 def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     file = _result_file(directory, plan, seed)
     if file.exists():
-        known = read_json(file)
-        return Cell(**{**known, "epsilon": math.inf if known["epsilon"] is None else known["epsilon"]})
+        return _finished(file)
     run = Run(file.parent)
-    started = run.ledger.exists()
-    before = read_ledger(run.ledger).count if started else 0
     config = {**config, "training": {**config["training"], "seed": seed}}
     begun = time.monotonic()
     with _told(plan, seed):
-        result = run_training(config, run.directory, resume=started)
+        before = read_ledger(run.ledger).count if run.begun else 0
+        result = run_training(config, run.directory, resume=run.begun)
     # Where a part was trained before a stop, the time of the rest stands for the whole; of none it cannot.
     rest = result.steps - before
     seconds = round((time.monotonic() - begun) * result.steps / rest, 3) if rest else None
     cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, seconds)
     write_atomically(file, json.dumps(plain(asdict(cell))) + "\n")
     return cell
+
+
+def _finished(file: Path) -> Cell:
+    """The result of a training that ended before."""
+    known = read_json(file)
+    try:
+        return Cell(**{**known, "epsilon": math.inf if known["epsilon"] is None else known["epsilon"]})
+    except (KeyError, TypeError) as error:
+        raise PrivgradError(
+            f"{file} is not the result of a training ({error}); remove it, and its training ends again"
+        ) from error
+
+
+def _others(directory: Path, cells: list[Cell]) -> list[Cell]:
+    """Results of the same comparison that were not asked for this time: they are in the table, and cost their epsilon, too."""
+    known = {(cell.plan, cell.seed) for cell in cells}
+    names = read_json(directory / "comparison.json")["plans"]
+    files = [file for name in names for file in sorted((directory / name).glob("seed-*/result.json"))]
+    return [cell for cell in map(_finished, files) if (cell.plan, cell.seed) not in known]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from privgrad.cli.build import (
     build_optimizer,
     build_plan,
     build_public,
+    check_schedule,
     units_in,
 )
 from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
@@ -28,6 +29,7 @@ from privgrad.errors import PrivgradError, check_count, check_number, command
 from privgrad.files import read_json
 from privgrad.mechanism.plan import Plan
 from privgrad.nn.models import MODELS, build_model
+from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.certificate import round_up
 from privgrad.training.evaluation import DeclaredSplit, check_declared
 from privgrad.training.loss import supervised
@@ -53,6 +55,10 @@ def train(
 
     Everything that can be set, with its default, is in docs/configuration.md.
     """
+    if out is not None and not out.name:
+        raise PrivgradError(
+            f"--out is {str(out)!r}, no name of a directory; give one, or leave it out for a new one under runs/"
+        )
     given = read_config(config) if config is not None else {}
     options = {
         ("data", "source"): data,
@@ -121,6 +127,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
         plan = Plan.from_json(read_json(run.plan)).with_seed(seed)
     else:
         plan = build_plan(config, units_in(source))
+    check_schedule(config, plan.steps)
     _warn(plan, units_in(source))
     try:
         trainer = Trainer(
@@ -178,6 +185,13 @@ def _new_directory(name: str) -> Path:
 
 
 def _warn(plan: Plan, size: int) -> None:
+    if (
+        plan.adjacency is Adjacency.ADD_REMOVE
+    ):  # the number of units is private: what was stated, and not what was counted
+        probability, normaliser = getattr(plan.sampling, "rate", None), plan.sampling.normaliser
+        if not probability or normaliser is None:
+            return
+        size = max(1, round(normaliser / probability))
     if plan.delta >= 1 / size:
         print(
             f"privgrad: warning: delta = {plan.delta:g} is not below 1/n = {1 / size:.2g}: a mechanism that publishes one record "

@@ -39,6 +39,24 @@ def check_declared(declared: object) -> None:
         raise PrivgradError(f"data.test is {declared!r}; {nearest(str(declared), DECLARATIONS)}")
 
 
+def check_split(split: object) -> None:
+    """Refuse, before anything is charged, a split on which accuracy could not be measured."""
+    if not isinstance(split, DeclaredSplit):
+        raise PrivgradError(f"test is a {type(split).__name__}; expected DeclaredSplit(dataset, declared='held-out')")
+    batch = next(_in_order(split.dataset, 1), None)
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        raise PrivgradError(
+            f"the split {split.name!r} has records that are not (input, class) pairs of tensors; accuracy needs such pairs: "
+            "leave the split out (test=None), and evaluate the model yourself"
+        )
+    targets = batch[1]
+    if targets.dim() != 1 or targets.is_floating_point():
+        raise PrivgradError(
+            f"the split {split.name!r} has targets [rows{''.join(f', {n}' for n in targets.shape[1:])}], {targets.dtype}; "
+            "accuracy is of one class (a whole number) for each record: leave it out (test=None), and evaluate yourself"
+        )
+
+
 def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> float:
     """The share of (input, class) records of the split that the model classifies rightly, in eval mode."""
     device = next(model.parameters()).device
@@ -49,8 +67,13 @@ def accuracy(model: nn.Module, split: DeclaredSplit, batch_size: int = 1024) -> 
         with torch.no_grad():
             for batch in _in_order(split.dataset, batch_size):
                 inputs, targets = pytree.tree_map(lambda leaf: leaf.to(device), batch)
-                predictions: Tensor = model(inputs).argmax(1)
-                right += int((predictions == targets).sum())
+                logits: Tensor = model(inputs)
+                if logits.dim() != 2 or logits.shape[0] != len(targets):
+                    raise PrivgradError(
+                        f"the model answers in the shape [rows{''.join(f', {n}' for n in logits.shape[1:])}]; accuracy is of one "
+                        "class for each record: expected logits [rows, classes] (or leave the split out)"
+                    )
+                right += int((logits.argmax(1) == targets).sum())
                 total += len(targets)
     finally:
         for module, mode in training.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Protocol
 
 from rich.console import Console
@@ -76,7 +77,8 @@ class PlainLines:
         self._printed, self._notes = now, notes
         timed = done - self._first
         left = f"{(now - self._begun) / timed * (self._total - done):.0f} s left" if timed else ""
-        print("  ".join(filter(None, (f"step {done}/{self._total}", notes, left))), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it any more; the training goes on
+            print("  ".join(filter(None, (f"step {done}/{self._total}", notes, left))), file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         pass

@@ -17,7 +17,7 @@ class InterruptedRunError(PrivgradError):
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or a polite kill) sets; the second one is an ordinary KeyboardInterrupt."""
+    """An event that the first Ctrl-C (or a polite kill, or a closed terminal) sets; the second is a KeyboardInterrupt."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
@@ -28,7 +28,11 @@ def stop_requests() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         requested.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A terminal that is closed, too, unless nohup asked to outlive it.
+    stops = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stops.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in stops}
     try:
         yield requested
     finally:

@@ -28,7 +28,7 @@ from privgrad.privacy.ledger import Ledger
 from privgrad.training.averaging import AveragedWeights, ExponentialAverage
 from privgrad.training.checkpoint import load_tree, load_weights, save_tree, save_weights
 from privgrad.training.disclosing import training_metrics
-from privgrad.training.evaluation import DeclaredSplit, accuracy
+from privgrad.training.evaluation import DeclaredSplit, accuracy, check_split
 from privgrad.training.metrics import Metrics
 from privgrad.training.private import make_private
 from privgrad.training.progress import ProgressDisplay, display
@@ -94,6 +94,10 @@ class Trainer:
         quiet: bool = False,
         probe: Tree = None,
     ) -> None:
+        if test is not None:
+            check_split(test)
+        if averaging is not None and not isinstance(averaging, ExponentialAverage):
+            raise PrivgradError(f"averaging is {averaging!r}; expected ExponentialAverage(decay=0.95), or None")
         self.plan = plan.for_dataset(units_of(dataset, plan.protects, keys).count)
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(
