@@ -115,19 +115,19 @@ def test_local_steps_are_the_change_of_the_weights() -> None:
 
 def test_units_draw_groups_independently_and_uniformly() -> None:
     draws = torch.stack(
-        [RandomGroups(4).assign(Fold.identity(50), source(7, "groups").at(step)).index for step in range(400)]
+        [RandomGroups(4).assign(Fold.identity(50), source(7, "groups", "").at(step)).index for step in range(400)]
     )
     counts = torch.stack([(draws == group).float().mean(0) for group in range(4)])
     assert (counts - 0.25).abs().max() < 0.11
     together = (draws[:, :1] == draws[:, 1:]).float().mean()
     assert together == pytest.approx(0.25, abs=0.02)
-    with_one_less = RandomGroups(4).assign(Fold.identity(49), source(7, "groups").at(1)).index
+    with_one_less = RandomGroups(4).assign(Fold.identity(49), source(7, "groups", "").at(1)).index
     assert torch.equal(with_one_less, draws[1][:49]), "the last unit's presence moves no other"
 
 
 def test_a_users_records_stay_in_one_group() -> None:
     fold = Fold(torch.tensor([0, 0, 0, 1, 2, 2]), 3)
-    found = RandomGroups(5).assign(fold, source(3, "groups").at(1)).index
+    found = RandomGroups(5).assign(fold, source(3, "groups", "").at(1)).index
     assert len({*found[:3].tolist()}) == 1
     assert len({*found[4:].tolist()}) == 1
 

@@ -67,7 +67,7 @@ def test_the_interval_is_a_whole_number_of_widths_and_at_least_one(
     now = torch.full((count,), 1.0, dtype=torch.float64)
     before = now + (gap if below else -gap)
     zero = {"w": torch.zeros(count)}
-    mixed, state = stage.mix({"w": before}, {"w": now}, zero, rate, source(1, "mixing"))
+    mixed, state = stage.mix({"w": before}, {"w": now}, zero, rate, source(1, "mixing", ""))
     tau = ratio * rate
     length = max(1.0, float(((before - now).abs() / tau).floor()[0])) * tau
     places = (mixed["w"] - (now + before) / 2) / length

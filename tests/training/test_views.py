@@ -76,7 +76,7 @@ def test_one_record_moves_the_sum_by_one_clipping_norm_however_many_views() -> N
 
 
 def test_views_of_users_records_stay_with_their_user() -> None:
-    source = source_of(3, "records")
+    source = source_of(3, "records", "")
     users = torch.tensor([0, 1, 1, 1, 2])
     drawn = Views(UserUnits(users, max_records=2), 3).rows(torch.tensor([0, 1]), source)
     fold: Fold = drawn.fold
@@ -88,7 +88,7 @@ def test_views_of_users_records_stay_with_their_user() -> None:
 
 
 def test_one_view_changes_nothing() -> None:
-    source = source_of(3, "records")
+    source = source_of(3, "records", "")
     assert Views(RowUnits(5), 1).rows(torch.tensor([1, 4]), source).fold.is_identity
 
 
