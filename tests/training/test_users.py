@@ -119,7 +119,7 @@ def test_the_cap_draws_a_users_records_alike_and_anew_in_each_step():
 @pytest.mark.parametrize("victim", ["user 0", "user 1"], ids=["1 record", "50 records"])
 def test_an_audit_of_a_user_is_below_the_claim_and_tight(adjacency: pg.Adjacency, victim: str) -> None:
     """1 to 50 records a user; all records of one user pull as hard as they can, or the other way, or are not there."""
-    trials = 700
+    trials = 1000
     records, keys = generated(users=8)
     axis = torch.tensor([1.0, 0.0, 0.0])
     mine = torch.tensor([key == victim for key in keys])
