@@ -175,6 +175,13 @@ MUTANTS = (
         ("tests/training/test_padding.py",),
     ),
     Mutant(
+        "padding is let through where one record hardly moves",
+        "training/padding.py",
+        "            if moved.count(False) * _STILL >= _TRIALS:",
+        "            if not all(moved):",
+        ("tests/training/test_padding.py",),
+    ),
+    Mutant(
         "a ledger of other terms is taken",
         "training/private.py",
         "    if ledger.terms != plan.terms():",

@@ -111,6 +111,15 @@ def test_a_loss_that_takes_in_the_padding_is_refused(model: nn.Module) -> None:
     private(model, Texts([5] * 8), to_forty)  # a fixed length is every record's own
 
 
+def test_a_record_that_hardly_moves_does_not_save_the_others() -> None:
+    """Of these networks 8 in 100 have one record in eight whose loss moves by less than rounding may."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = Recurrent(packed=False)
+        with pytest.raises(pg.RefusedError, match="longest record of its batch"):
+            check_padding(model, LOSS, Texts([5] * 8), to_longest)
+
+
 @pytest.mark.parametrize("model", [Reader(masked_mean), Recurrent(packed=True)], ids=["mean", "last"])
 def test_a_loss_that_leaves_the_padding_out_is_allowed(model: nn.Module) -> None:
     private(model, Texts([5, 9, 3, 7]), to_longest)
