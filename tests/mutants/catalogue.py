@@ -182,6 +182,22 @@ MUTANTS = (
         ("tests/training/test_padding.py",),
     ),
     Mutant(
+        "what rounding takes of delta is not allowed for",
+        "privacy/accounting.py",
+        "composed.get_epsilon(delta - rounding)",
+        "composed.get_epsilon(delta)",
+        ("tests/privacy/test_accounting.py::test_the_allowance_for_rounding_is_taken_off_delta",),
+    ),
+    Mutant(
+        "delta below its own rounding is taken",
+        "privacy/accounting.py",
+        "    if rounding > delta / 2:",
+        "    if rounding > delta:",
+        (
+            "tests/privacy/test_accounting.py::test_a_delta_that_rounding_could_exceed_is_refused_by_pld_and_has_an_answer_by_rdp",
+        ),
+    ),
+    Mutant(
         "a ledger of other terms is taken",
         "training/private.py",
         "    if ledger.terms != plan.terms():",
