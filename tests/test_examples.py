@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from examples import audit_own_training, batch_norm, foreign_optimizer, own_loop
+from examples import audit_own_training, batch_norm, foreign_optimizer, own_loop, resumed_loop
 from examples.tables import breast_cancer
 
 from privgrad.cli import run as privgrad
 from privgrad.files import read_json
+from privgrad.privacy.ledger import read_ledger
 
 
 def test_own_loop_adds_at_most_six_lines() -> None:
@@ -24,6 +25,14 @@ def test_own_loop_adds_at_most_six_lines() -> None:
 
 def test_another_framework_may_own_the_optimizer() -> None:
     assert foreign_optimizer.main() > 0.85
+
+
+def test_a_loop_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    resumed_loop.main(tmp_path / "run", epochs=2)
+    assert read_ledger(tmp_path / "run" / "ledger.jsonl").count == 20
+    assert resumed_loop.main(tmp_path / "run") > 0.85
+    assert read_ledger(tmp_path / "run" / "ledger.jsonl").count == 50
+    assert resumed_loop.main(tmp_path / "run") > 0.85, "finished before: the weights of the checkpoint"
 
 
 def test_batch_norm_trains_with_statistics_that_are_charged(tmp_path: Path) -> None:

@@ -198,6 +198,13 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "a loop of one's own goes on with a ledger that has lost steps",
+        "training/private.py",
+        "        if steps > self.ledger.count or (steps == self.ledger.count and head != self.ledger.head):",
+        "        if False:",
+        ("tests/training/test_resumed_loop.py",),
+    ),
+    Mutant(
         "a ledger of other terms is taken",
         "training/private.py",
         "    if ledger.terms != plan.terms():",

@@ -72,7 +72,7 @@ def test_charge_read_and_resume_tell_the_same_story(tmp_path):
     assert len(record.heads) == 4
     assert record.heads[-1] == head
 
-    resumed = Ledger.resume(path, TERMS)
+    resumed = Ledger.resume(TERMS, path)
     assert (resumed.count, resumed.head) == (3, head)
     assert dict(resumed.record.events) == dict(record.events)
     assert resumed.charge(OTHER).step == 4
@@ -247,7 +247,7 @@ def test_what_is_no_ledger_is_refused_in_words(tmp_path, raw):
 
 
 def test_a_missing_ledger_is_refused_in_words(tmp_path):
-    for read in (read_ledger, lambda path: Ledger.resume(path, TERMS)):
+    for read in (read_ledger, lambda path: Ledger.resume(TERMS, path)):
         with pytest.raises(PrivgradError, match="nowhere"):
             read(tmp_path / "nowhere")
     with pytest.raises(PrivgradError, match="cannot be written"):
@@ -339,7 +339,7 @@ def test_events_that_mean_nothing_are_refused_also_on_a_right_chain(tmp_path, ev
     with pytest.raises(VerificationError):
         read_ledger(path)
     with pytest.raises(VerificationError):
-        Ledger.resume(path, TERMS)
+        Ledger.resume(TERMS, path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -492,7 +492,7 @@ def test_a_torn_last_line_is_cut_off_and_the_ledger_goes_on(tmp_path):
     for length in (two + 1, two + 50, len(raw) - 2, len(raw) - 1):
         path.write_bytes(raw[:length])
         assert read_ledger(path).torn == length - two
-        ledger = Ledger.resume(path, TERMS)
+        ledger = Ledger.resume(TERMS, path)
         assert path.read_bytes() == raw[:two]
         assert ledger.count == 2
         assert ledger.charge(STEP).step == 3
@@ -516,7 +516,7 @@ def test_resume_under_other_terms_is_refused_and_changes_nothing(tmp_path, chang
     raw = written(path, STEP) + b'{"torn'
     path.write_bytes(raw)
     with pytest.raises(PrivgradError, match="plan"):
-        Ledger.resume(path, dataclasses.replace(TERMS, **change))
+        Ledger.resume(dataclasses.replace(TERMS, **change), path)
     assert path.read_bytes() == raw
 
 
@@ -525,7 +525,7 @@ def test_resume_of_a_broken_chain_is_refused_and_changes_nothing(tmp_path):
     raw = written(path, STEP, STEP).replace(b"1.5", b"9.5", 1)
     path.write_bytes(raw)
     with pytest.raises(VerificationError):
-        Ledger.resume(path, TERMS)
+        Ledger.resume(TERMS, path)
     assert path.read_bytes() == raw
 
 
@@ -534,9 +534,9 @@ def test_a_refused_resume_gives_the_lock_back(tmp_path):
     path = tmp_path / "ledger.jsonl"
     written(path, STEP)
     with pytest.raises(PrivgradError) as held:
-        Ledger.resume(path, dataclasses.replace(TERMS, delta=1e-6))
+        Ledger.resume(dataclasses.replace(TERMS, delta=1e-6), path)
     assert "plan" in str(held.value)
-    assert Ledger.resume(path, TERMS).count == 1
+    assert Ledger.resume(TERMS, path).count == 1
 
 
 def test_an_existing_file_is_never_started_anew(tmp_path):
@@ -579,7 +579,7 @@ def test_a_hole_of_zeros_in_the_last_line_is_a_torn_line_and_elsewhere_damage(tm
     hole = bytes(40) + lines[2][40:]
     path.write_bytes(lines[0] + lines[1] + hole)
     assert (read_ledger(path).count, read_ledger(path).torn) == (1, len(hole))
-    ledger = Ledger.resume(path, TERMS)
+    ledger = Ledger.resume(TERMS, path)
     ledger.charge(STEP)
     ledger.close()
     assert path.read_bytes() == b"".join(lines)
@@ -623,14 +623,14 @@ def test_an_abandoned_ledger_is_free_again_unless_something_was_charged(tmp_path
     ledger.charge(STEP)
     ledger.abandon()
     assert read_ledger(path).count == 1
-    Ledger.resume(path, TERMS).abandon()
+    Ledger.resume(TERMS, path).abandon()
     assert read_ledger(path).count == 1
 
 
 def test_a_forgotten_ledger_gives_its_lock_back(tmp_path):
     path = tmp_path / "ledger.jsonl"
     Ledger(TERMS, path)
-    assert Ledger.resume(path, TERMS).count == 0
+    assert Ledger.resume(TERMS, path).count == 0
 
 
 def test_a_child_of_the_process_neither_holds_the_lock_nor_charges(tmp_path):
@@ -650,10 +650,10 @@ def test_a_child_of_the_process_neither_holds_the_lock_nor_charges(tmp_path):
         os._exit(code)
     try:
         with pytest.raises(PrivgradError, match="in use"):
-            Ledger.resume(path, TERMS)
+            Ledger.resume(TERMS, path)
         assert ledger.charge(STEP).step == 2
         ledger.close()
-        resumed = Ledger.resume(path, TERMS)
+        resumed = Ledger.resume(TERMS, path)
         assert resumed.count == 2
         resumed.close()
     finally:
@@ -672,9 +672,9 @@ def test_closing_frees_the_lock_though_a_child_still_has_the_file_open(tmp_path)
     child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
     try:
         with pytest.raises(PrivgradError, match="in use"):
-            Ledger.resume(path, TERMS)
+            Ledger.resume(TERMS, path)
         ledger.close()
-        Ledger.resume(path, TERMS).close()
+        Ledger.resume(TERMS, path).close()
     finally:
         child.kill()
         child.wait()
@@ -685,12 +685,12 @@ def test_a_ledger_is_open_once_in_a_process(tmp_path):
     first = Ledger(TERMS, path)
     first.charge(STEP)
     with pytest.raises(PrivgradError, match="in use"):
-        Ledger.resume(path, TERMS)
+        Ledger.resume(TERMS, path)
     assert first.charge(STEP).step == 2
     first.close()
-    second = Ledger.resume(path, TERMS)
+    second = Ledger.resume(TERMS, path)
     with pytest.raises(PrivgradError, match="in use"):
-        Ledger.resume(path, TERMS)
+        Ledger.resume(TERMS, path)
     assert second.charge(STEP).step == 3
     second.close()
     assert read_ledger(path).count == 3
@@ -704,7 +704,7 @@ from privgrad.privacy.adjacency import Adjacency
 from privgrad.privacy.events import Accountant, Sampler
 from privgrad.privacy.ledger import Ledger, Terms
 terms = Terms("ab" * 32, Sampler.POISSON, Adjacency.ZERO_OUT, Accountant.PLD, 1e-5)
-ledger = Ledger.resume(Path(sys.argv[1]), terms)
+ledger = Ledger.resume(terms, Path(sys.argv[1]))
 print(ledger.charge(GaussianDpEvent(2.0)).step, flush=True)
 sys.stdin.read()
 """
@@ -720,11 +720,11 @@ def test_a_ledger_is_open_in_one_process_and_survives_its_death(tmp_path):
             assert holder.stdout is not None
             assert holder.stdout.readline() == "2\n"
             with pytest.raises(PrivgradError, match="in use"):
-                Ledger.resume(path, TERMS)
+                Ledger.resume(TERMS, path)
             assert read_ledger(path).count == 2
         finally:
             holder.send_signal(signal.SIGKILL)
-    ledger = Ledger.resume(path, TERMS)
+    ledger = Ledger.resume(TERMS, path)
     assert ledger.count == 2
     assert ledger.charge(STEP).step == 3
     ledger.close()
@@ -761,7 +761,7 @@ def test_after_a_failing_flush_nothing_is_charged_until_resume(tmp_path, monkeyp
             ledger.charge(event)
     assert ledger.count == 1
     ledger.close()
-    resumed = Ledger.resume(path, TERMS)
+    resumed = Ledger.resume(TERMS, path)
     # The line may have reached the disk or not. If it has, it counts: never fewer steps than may have run.
     assert resumed.count == read_ledger(path).count >= 1
     assert resumed.charge(OTHER).step == resumed.count
@@ -790,7 +790,7 @@ def test_after_a_write_that_fails_in_its_middle_nothing_is_charged_until_resume(
     with pytest.raises(PrivgradError, match="resume"):
         ledger.charge(STEP)
     ledger.close()
-    resumed = Ledger.resume(path, TERMS)
+    resumed = Ledger.resume(TERMS, path)
     assert resumed.charge(OTHER).step == resumed.count == 2
     resumed.close()
     assert read_ledger(path).events[OTHER] == 1
@@ -845,7 +845,7 @@ def test_a_torn_line_that_cannot_be_cut_off_is_refused_in_words(tmp_path, monkey
     path.write_bytes(written(path, STEP) + b"{")
     monkeypatch.setattr(os, "fsync", failing_sync)
     with pytest.raises(PrivgradError):
-        Ledger.resume(path, TERMS)
+        Ledger.resume(TERMS, path)
 
 
 def test_a_ledger_on_a_full_disk_can_be_closed(tmp_path):
@@ -907,7 +907,7 @@ def test_step_numbers_rise_and_are_never_used_twice(tmp_path):
         ledger.close()
         with path.open("ab") as stream:
             stream.write(b'{"event":')
-        ledger = Ledger.resume(path, TERMS)
+        ledger = Ledger.resume(TERMS, path)
         numbers += [ledger.charge(OTHER).step, ledger.charge(STEP).step]
     ledger.close()
     assert numbers == list(range(1, 10))

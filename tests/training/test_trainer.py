@@ -276,6 +276,7 @@ def test_the_checkpoint_holds_these_keys_and_no_other(tmp_path: Path) -> None:
         "model",
         "optimizer",
         "schedule",
+        "plan",
         "stages",
         "random",
         "average",

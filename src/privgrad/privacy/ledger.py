@@ -236,7 +236,7 @@ class Ledger:
             raise
 
     @classmethod
-    def resume(cls, path: Path | str, terms: Terms) -> Ledger:
+    def resume(cls, terms: Terms, path: Path | str) -> Ledger:
         """Continue a ledger after a stop or a crash. Every complete line counts; a torn last line is cut off.
 
         Raises:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
-from privgrad.errors import PrivgradError, RefusedError
+from privgrad.errors import PrivgradError, RefusedError, VerificationError, check_count
 from privgrad.gradients.contract import Engine, LossFn, Tree, trainable
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.mechanism.noise import SECRET
@@ -91,15 +91,29 @@ class Private:
         """What was charged."""
         return self.runner.ledger
 
-    def batches(self) -> Iterator[SampledBatch]:
+    def batches(self, steps: int | None = None) -> Iterator[SampledBatch]:
         """The batches of all steps that the plan has left; each goes to `step` or `backward` before the next is taken.
 
+        steps: only those of the next so many, for a loop that looks at its model in between.
+
         Raises:
-            PrivgradError: the caller skipped a batch. Leaving one out because of what is in it would not be accounted for.
+            PrivgradError: the caller skipped a batch. Leaving one out because of what is in it would not be accounted for. Or
+                all batches were given before.
         """
+        if steps is not None:
+            check_count("batches(steps)", steps, at_least=1)
+        if self._iterators and self.ledger.count >= self.plan.steps:
+            raise PrivgradError(
+                f"batches() has given the batches of all {self.plan.steps} steps of the plan, of every epoch; in a loop over "
+                "epochs ask for batches(steps) of one epoch each"
+            )
+        return self._batches(steps)
+
+    def _batches(self, steps: int | None) -> Iterator[SampledBatch]:
         self._iterators += 1
         current = self._iterators
-        draws = (self._draw(step) for step in range(self.ledger.count + 1, self.plan.steps + 1))
+        last = self.plan.steps if steps is None else min(self.ledger.count + steps, self.plan.steps)
+        draws = (self._draw(step) for step in range(self.ledger.count + 1, last + 1))
         pin = next(iter(self._parameters.values())).is_cuda
         batches = sampled_batches(
             self._dataset,
@@ -161,6 +175,41 @@ class Private:
         """epsilon of everything charged so far, an upper bound."""
         record = self.ledger.record
         return Spent(record.spent(precision), self.plan.delta, record.count, self.plan.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the mechanism remembers between steps (thresholds, masks, mixing) and has seen of the ledger, for a checkpoint.
+
+        Beside those of model and optimizer. Guarantee: made from releases alone.
+        """
+        return {
+            "plan": self.plan.digest(),
+            "stages": {name: dict(state) for name, state in self.runner.states.items()},
+            "ledger": {"steps": self.ledger.count, "head": self.ledger.head},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take up what `state_dict` gave. The ledger is the one that was resumed: what it has charged since stays charged.
+
+        Raises:
+            PrivgradError: the state of another plan.
+            VerificationError: a ledger that has lost steps which the state has seen.
+        """
+        try:
+            stages = {name: dict(state) for name, state in saved["stages"].items()}
+            plan, steps, head = saved["plan"], int(saved["ledger"]["steps"]), saved["ledger"]["head"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PrivgradError("this is no state of a private training; expected what state_dict() gave") from error
+        if plan != self.plan.digest() or stages.keys() != self.runner.states.keys():
+            raise PrivgradError("this state is of another plan; resume with the one that started the training")
+        if steps > self.ledger.count or (steps == self.ledger.count and head != self.ledger.head):
+            raise VerificationError(
+                f"the ledger holds {self.ledger.count} steps, and this state has seen {steps} of another or longer one; give "
+                "make_private the training's own: ledger=Ledger.resume(terms, path)"
+            )
+        device = next(iter(self._parameters.values())).device
+        self.runner.states = {
+            name: {key: value.to(device) for key, value in state.items()} for name, state in stages.items()
+        }
 
     def _release(self, batch: SampledBatch) -> Release:
         if batch is None or batch is not self._pending:

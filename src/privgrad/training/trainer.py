@@ -227,7 +227,7 @@ class Trainer:
         terms = self.plan.terms()
         if resume:
             self.run.check_plan(self.plan.to_json())
-            self._ledger = Ledger.resume(self.run.ledger, terms)
+            self._ledger = Ledger.resume(terms, self.run.ledger)
         else:
             self.run.create()
             self._ledger = Ledger(terms, self.run.ledger, self._write_plan)
@@ -267,18 +267,16 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        ledger = self.private.ledger
         save_tree(
             self.run.checkpoint,
             {
                 "model": dict(self.model.state_dict()),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
-                "stages": {name: dict(state) for name, state in self.private.runner.states.items()},
+                **self.private.state_dict(),
                 "random": torch.get_rng_state(),
                 "average": None if self._average is None else self._average.values,
                 "applied": self._applied,
-                "ledger": {"steps": ledger.count, "head": ledger.head},
             },
         )
 
@@ -290,10 +288,7 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             if self.schedule is not None and saved["schedule"] is not None:
                 self.schedule.load_state_dict(saved["schedule"])
-            device = next(self.model.parameters()).device
-            self.private.runner.states = {
-                name: {key: value.to(device) for key, value in state.items()} for name, state in saved["stages"].items()
-            }
+            self.private.load_state_dict(saved)
             torch.set_rng_state(saved["random"])
             self._applied = int(saved["applied"])
             if self._average is not None and saved["average"] is not None:
