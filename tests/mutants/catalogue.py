@@ -205,6 +205,20 @@ MUTANTS = (
         ("tests/training/test_resumed_loop.py",),
     ),
     Mutant(
+        "the first row decides for all",
+        "gradients/batched.py",
+        "        if len(answers) > 1 and not bool((answers == answers[0]).all()):",
+        "        if False:",
+        ("tests/gradients/test_ways.py",),
+    ),
+    Mutant(
+        "a unit whose rows part is clipped in parts",
+        "gradients/chunks.py",
+        "        if int(torch.isin(fold.index, units).sum()) > len(rows):",
+        "        if False:",
+        ("tests/gradients/test_ways.py",),
+    ),
+    Mutant(
         "a ledger of other terms is taken",
         "training/private.py",
         "    if ledger.terms != plan.terms():",

@@ -123,7 +123,8 @@ class Rule(Protocol):
         """Weights for norms [units, len(blocks)] of the named block columns, in the same shape.
 
         A weight of 0 means: this unit (and block) is left out by selection, never by multiplication (0 * NaN is NaN).
-        A rule that is not separable is called once per unit, with every block. Each (unit, block) is asked for once.
+        A rule that is not separable is called once per unit, with every block. Each (unit, block) is asked for once, in any
+        order of units.
         """
         ...
 
