@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +19,7 @@ from privgrad.gradients.contract import Fold
 from privgrad.mechanism.plan import Plan
 from privgrad.training.batches import SampledBatch, check_apart
 from privgrad.training.private import Private, Spent
+from privgrad.training.public import public_rows
 from tests.helpers import full_batch_plan, loop_gradients
 
 COUNT = 12
@@ -584,6 +585,35 @@ def test_batches_may_be_dictionaries() -> None:
     train(private(model, dataset=Dictionaries(), loss_fn=dictionary_loss, plan=full_batch_plan(COUNT, steps=2)))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, expected.state_dict()[name])
+
+
+class Encoding(UserDict[str, Tensor]):
+    """A mapping that torch does not look into, like a tokenizer's BatchEncoding."""
+
+
+def to_encoding(rows: list[Any]) -> Encoding:
+    return Encoding(default_collate(rows))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_may_be_mappings_of_another_kind(workers: int) -> None:
+    ends = []
+    for collate in (default_collate, to_encoding):
+        torch.manual_seed(0)
+        running = private(
+            dataset=Dictionaries(), loss_fn=dictionary_loss, collate_fn=collate, workers=workers, plan=plan(seed=1)
+        )
+        train(running)
+        ends.append(copy_of(running.model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_public_batches_may_be_mappings_of_another_kind() -> None:
+    probe = to_encoding([Dictionaries()[index] for index in range(4)])
+    train(private(dataset=Dictionaries(), loss_fn=dictionary_loss, collate_fn=to_encoding, probe=probe))
+    public = public_rows(probe, Dictionaries(), None)
+    assert type(public) is dict
+    assert public["inputs"].shape == (4, 3)
 
 
 def test_the_users_collate_function_is_used() -> None:

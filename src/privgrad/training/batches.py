@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy
@@ -94,7 +95,21 @@ class _Rows(Dataset[Any]):
         whole = taker(self.dataset) if self.collate_fn is None else None
         if whole is not None:
             return whole(torch.from_numpy(indices))
-        return (self.collate_fn or default_collate)(items_of(self.dataset, indices.tolist()))
+        return (self.collate_fn or dicts_from(default_collate))(items_of(self.dataset, indices.tolist()))
+
+
+def with_dicts(tree: Tree) -> Tree:
+    """The tree with a dict for every mapping that torch does not look into (Hugging Face's BatchEncoding)."""
+    return pytree.tree_map(lambda leaf: with_dicts(dict(leaf)) if isinstance(leaf, Mapping) else leaf, tree)
+
+
+def dicts_from(collate_fn: Callable[[list[Any]], Tree]) -> Callable[[list[Any]], Tree]:
+    """collate_fn, with dicts for such mappings; picklable if it is, for worker processes."""
+    return partial(_collate, collate_fn)
+
+
+def _collate(collate_fn: Callable[[list[Any]], Tree], items: list[Any]) -> Tree:
+    return with_dicts(collate_fn(items))
 
 
 def items_of(dataset: Dataset[Any], indices: list[int]) -> list[Any]:

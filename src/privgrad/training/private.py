@@ -29,7 +29,15 @@ from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
-from privgrad.training.batches import Drawn, SampledBatch, check_apart, first_row, sampled_batches
+from privgrad.training.batches import (
+    Drawn,
+    SampledBatch,
+    check_apart,
+    dicts_from,
+    first_row,
+    sampled_batches,
+    with_dicts,
+)
 from privgrad.training.padding import check_padding
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
@@ -297,6 +305,7 @@ def make_private(
             step in other train and eval modes. (Where groups are clipped, examples of a group may couple in the model, but
             nothing may remember them.)
     """
+    collate_fn = None if collate_fn is None else dicts_from(collate_fn)
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
     _check_optimizer(model, optimizer)
@@ -335,7 +344,7 @@ def _probe(
     model: nn.Module, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None, public: Tree
 ) -> Probe:
     if public is not None:
-        return PublicProbe(public)
+        return PublicProbe(with_dicts(public))
     with same_randomness(sorted({p.device for p in model.parameters()}, key=str)):  # reading a record may augment it
         return SyntheticProbe.like(first_row(dataset, collate_fn))
 

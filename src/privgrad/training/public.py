@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from privgrad.data.records import Records
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Tree
-from privgrad.training.batches import collated, size_of
+from privgrad.training.batches import collated, size_of, with_dicts
 
 
 def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> Tree:
@@ -30,6 +30,7 @@ def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[A
     if public is private:
         raise RefusedError("the public data are the private data set itself; give data that are not private")
     if not isinstance(public, Dataset):
+        public = with_dicts(public)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(public)):
             raise PrivgradError(
                 f"public is a {type(public).__name__}; expected a Dataset or a batch (a tree of tensors)"
