@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from privgrad.errors import PrivgradError, RefusedError, check_number
+from privgrad.errors import PrivgradError, RefusedError, check_number, choice
 from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.plan import Plan
@@ -54,8 +54,8 @@ def dp_sgd(
         steps=steps,
         clipping=FlatClipping(max_norm=max_norm),
         noise=GaussianNoise(),
-        adjacency=Adjacency(adjacency),
-        accountant=Accountant(accountant),
+        adjacency=choice("adjacency", Adjacency, adjacency),
+        accountant=choice("accountant", Accountant, accountant),
         delta=delta,
     )
     return plan.calibrate(epsilon)

@@ -6,6 +6,10 @@ import difflib
 import math
 import os
 from collections.abc import Iterable
+from enum import Enum
+from typing import TypeVar
+
+Member = TypeVar("Member", bound=Enum)
 
 
 class PrivgradError(Exception):
@@ -32,6 +36,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return "known: " + ", ".join(names) if names else "there is none in this version"
+
+
+def choice(name: str, choices: type[Member], value: object) -> Member:
+    """The member of an enumeration that a value names."""
+    try:
+        return choices(value)
+    except ValueError:
+        raise PrivgradError(f"{name} is {value!r}; {nearest(str(value), [c.value for c in choices])}") from None
 
 
 def check_number(
@@ -71,6 +83,11 @@ def _finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number too large for a float
         return False
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says; the kind of error where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def check_count(name: str, value: object, *, at_least: int = 1, at_most: int | None = None) -> None:

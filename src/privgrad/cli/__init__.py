@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from contextlib import suppress
@@ -29,6 +30,9 @@ app.command("audit")(audit.audit)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a check failed, 2 bad usage or input (one line), 130 stopped by the user."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a path must not lose a run
     code = run(sys.argv[1:])
     signal.signal(
         signal.SIGINT, signal.SIG_IGN

@@ -17,7 +17,7 @@ from privgrad.cli.config import DEFAULT_EPSILON, DEFAULT_STEPS, Config
 from privgrad.data.generators import GENERATORS
 from privgrad.data.settings import read_settings
 from privgrad.data.source import Source, generated, load, load_public, training_size
-from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, nearest
+from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, choice, nearest, reason_of
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
@@ -151,13 +151,7 @@ def units_in(source: Source) -> int:
 
 
 def _adjacency(config: Config) -> Adjacency:
-    name = config["privacy"]["adjacency"]
-    try:
-        return Adjacency(name)
-    except ValueError:
-        raise PrivgradError(
-            f"adjacency is {name!r}; {nearest(str(name), [known.value for known in Adjacency])}"
-        ) from None
+    return choice("adjacency", Adjacency, config["privacy"]["adjacency"])
 
 
 def build_device(config: Config) -> torch.device:
@@ -169,7 +163,7 @@ def build_device(config: Config) -> torch.device:
         device = torch.device(str(name))
         torch.zeros(1, device=device).item()
     except (RuntimeError, ImportError, TypeError, ValueError, AssertionError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error).split(". ")[0]  # torch goes on with all that it could do
         raise PrivgradError(f"run.device is {name!r}, which cannot be used: {reason}") from error
     return device
 
@@ -277,11 +271,6 @@ def _named(module: Any, base: type[Any], key: str, name: Any) -> type[Any]:
     if str(name).lower() not in classes:
         raise PrivgradError(f"{key} is {name!r}; {nearest(str(name).lower(), classes)}")
     return classes[str(name).lower()]
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what a library says; the kind of error where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _make(key: str, cls: type[Any], first: Any, arguments: dict[str, Any]) -> Any:

@@ -103,7 +103,7 @@ def _same_kind(under: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
 
 def _tables(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
         raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # tomllib: also endless numbers, and tables in tables in tables
@@ -211,9 +211,10 @@ def assign(given: dict[str, Any], setting: str) -> str | None:
 def _value(text: str) -> Any:
     """A TOML value; what is none is text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
+    return read["value"] if read.keys() == {"value"} else text
 
 
 def without_none(node: Any) -> Any:

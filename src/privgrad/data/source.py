@@ -160,7 +160,12 @@ def generated(settings: DataSettings, generator: str, private: Source, count: in
         )
     if settings.features is not None:
         shape = image_shape(shape, settings.features)
-    images = torch.from_numpy(GENERATORS[generator](count, shape, seed))
+    try:
+        images = torch.from_numpy(GENERATORS[generator](count, shape, seed))
+    except MemoryError:
+        raise PrivgradError(
+            f"public.count is {count:,}, and so many images do not fit into memory; ask for fewer"
+        ) from None
     labels = torch.from_numpy(numpy.random.default_rng(seed).integers(0, private.classes, count))
     if settings.features is not None:
         return with_features(Records(images, labels), settings.features, None, f"public.source = {generator!r}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, NoOpDpEvent
 
-from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, nearest
+from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, choice, nearest
 from privgrad.files import digest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
@@ -107,8 +107,8 @@ class Plan:
     def __post_init__(self) -> None:
         check_count("steps", self.steps, at_most=MOST_STEPS)
         check_number("delta", self.delta, above=0, below=1)
-        object.__setattr__(self, "adjacency", _choice("adjacency", Adjacency, self.adjacency))
-        object.__setattr__(self, "accountant", _choice("accountant", Accountant, self.accountant))
+        object.__setattr__(self, "adjacency", choice("adjacency", Adjacency, self.adjacency))
+        object.__setattr__(self, "accountant", choice("accountant", Accountant, self.accountant))
         object.__setattr__(self, "disclose", check_disclosures(self.disclose))
         for name, protocol in _PROTOCOLS.items():
             value = getattr(self, name)
@@ -323,13 +323,6 @@ class Plan:
             return Plan(**values)
         except TypeError as error:
             raise PrivgradError(f"the plan is not complete: {error}") from error
-
-
-def _choice(name: str, choices: Any, value: Any) -> Any:
-    try:
-        return choices(value)
-    except ValueError:
-        raise PrivgradError(f"{name} is {value!r}; {nearest(str(value), [c.value for c in choices])}") from None
 
 
 def _words(slot: str, stage: Any) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, reason_of
 from privgrad.nn.cnn import DPCNN, FeatureCNN, SmallDPCNN, image_shape
 from privgrad.nn.convert import normalized
 from privgrad.nn.resnet import WideResNet, resnet18, resnet20
@@ -126,9 +126,12 @@ def build_model(name: object, input_shape: Sequence[int], classes: int, argument
         factory = _import_factory(name)
     try:
         model = factory(input_shape=tuple(input_shape), classes=classes, **arguments)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise PrivgradError(f"model {name!r} cannot be made with arguments {arguments}: {reason}") from error
+    except PrivgradError:
+        raise
+    except Exception as error:  # a factory of the user's own may raise anything
+        raise PrivgradError(
+            f"model {name!r} cannot be made with arguments {arguments}: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise PrivgradError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     return model
@@ -140,6 +143,8 @@ def _import_factory(name: str) -> Callable[..., nn.Module]:
     module_name, _, attribute = name.partition(":")
     try:
         factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise PrivgradError(f"model.name is {name!r}, which cannot be imported: {error}") from error
+    except Exception as error:  # a module of the user's own may raise anything
+        raise PrivgradError(
+            f"model.name is {name!r}, which cannot be imported: {type(error).__name__}: {reason_of(error)}"
+        ) from error
     return factory

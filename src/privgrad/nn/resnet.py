@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from privgrad.errors import check_count
 from privgrad.nn.cnn import image_shape
 from privgrad.nn.convert import normalized
 
@@ -130,6 +131,8 @@ class WideResNet(nn.Module):
     def __init__(self, input_shape: Sequence[int], classes: int, blocks: int = 2, width: int = 4) -> None:
         super().__init__()
         channels, *_ = image_shape("wrn_16_4", input_shape, at_least=8)
+        check_count("wrn_16_4's blocks", blocks)
+        check_count("wrn_16_4's width", width)
         self.stem = StandardizedConv2d(channels, 16, 3, 1, 1)
         stages: list[nn.Module] = []
         before = 16
