@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import privgrad as pg
 from privgrad.gradients.contract import Fold
@@ -744,3 +744,38 @@ def test_a_ledger_of_other_terms_is_refused() -> None:
     with pytest.raises(pg.PrivgradError, match="opened under other terms"):
         private(ledger=pg.Ledger(other.terms()))
     private(ledger=pg.Ledger(plan().terms()))
+
+
+# What is given in another's place.
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss])
+def test_a_criterion_in_the_place_of_a_loss_is_named(loss_fn: Any) -> None:
+    with pytest.raises(
+        pg.PrivgradError, match=r"loss_fn is (cross_entropy|CrossEntropyLoss), a criterion.*give supervised"
+    ):
+        private(loss_fn=loss_fn)
+
+
+def test_a_loss_of_outputs_and_targets_is_told_how_it_is_called() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"called with \(model, batch\)"):
+        private(loss_fn=lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none"))
+
+
+def test_a_class_of_a_criterion_is_refused() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"supervised\(CrossEntropyLoss\(reduction='none'\)\)"):
+        pg.supervised(nn.CrossEntropyLoss)
+
+
+def test_a_class_of_an_optimizer_is_refused() -> None:
+    with pytest.raises(pg.PrivgradError, match=r"build it: SGD\(model.parameters\(\), lr=...\)"):
+        private(optimizer=torch.optim.SGD)
+
+
+def test_a_loader_in_the_place_of_a_data_set_is_named() -> None:
+    """Its length is a number of batches."""
+    loader = DataLoader(records(), batch_size=3)
+    with pytest.raises(pg.PrivgradError, match=r"loader.dataset"):
+        private(dataset=loader)
+    with pytest.raises(pg.PrivgradError, match=r"loader.dataset"):
+        pg.dp_sgd(loader, epsilon=1, delta=1e-5, steps=1, batch_size=3)  # type: ignore[arg-type]

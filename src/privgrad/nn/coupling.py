@@ -145,7 +145,7 @@ def _inspection(subject: Subject, form: Probe, draw: Draw) -> Inspection:
     except PrivgradError:
         raise
     except Exception as error:
-        problem = reason(error)
+        problem = reason(error) + (" (loss_fn is called with (model, batch))" if isinstance(error, TypeError) else "")
     raise UnsuitableError(f"the model and its loss cannot be probed on {form.words}: {problem}; {form.advice}")
 
 

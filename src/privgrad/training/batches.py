@@ -128,8 +128,14 @@ def size_of(dataset: Dataset[Any]) -> int:
     """The number of rows.
 
     Raises:
-        PrivgradError: a data set without a length or an order (an IterableDataset cannot be Poisson sampled), or an empty one.
+        PrivgradError: a data set without a length or an order (an IterableDataset cannot be Poisson sampled), an empty one, or a
+            DataLoader.
     """
+    if isinstance(dataset, DataLoader):
+        raise PrivgradError(
+            "a DataLoader was given as the data set; give the data set itself (loader.dataset), and collate_fn and workers "
+            "beside it: batches are sampled here, as the plan says"
+        )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise PrivgradError("the data set has no length or no order; Poisson sampling needs a map-style torch Dataset")
     size = len(dataset)

@@ -11,6 +11,18 @@ from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import LossFn, Tree
 
 
+def check_loss(loss_fn: object) -> None:
+    """Refuse what is no loss of a model and a batch, where it can be seen: a criterion of outputs and targets."""
+    if (
+        isinstance(loss_fn, nn.modules.loss._Loss | type)
+        or getattr(loss_fn, "__module__", None) == "torch.nn.functional"
+    ):
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise PrivgradError(
+            f"loss_fn is {name}, a criterion; it is called with (model, batch): give supervised({name}), or your own"
+        )
+
+
 def supervised(criterion: Callable[..., Tensor] | nn.Module) -> LossFn:
     """A loss function for (input, target) batches: supervised(F.cross_entropy).
 
@@ -18,8 +30,10 @@ def supervised(criterion: Callable[..., Tensor] | nn.Module) -> LossFn:
     than one dimension (pixels, tokens) are averaged over all but the first.
 
     Raises:
-        PrivgradError: a loss module that averages over the batch itself: that couples records.
+        PrivgradError: a loss module that averages over the batch itself: that couples records; or its class.
     """
+    if isinstance(criterion, type):
+        raise PrivgradError(f"{criterion.__name__} is a class; give supervised({criterion.__name__}(reduction='none'))")
     options: dict[str, Any] = {"reduction": "none"}
     if isinstance(criterion, nn.Module):
         reduction = getattr(criterion, "reduction", "none")

@@ -38,6 +38,7 @@ from privgrad.training.batches import (
     sampled_batches,
     with_dicts,
 )
+from privgrad.training.loss import check_loss
 from privgrad.training.padding import check_padding
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
@@ -305,6 +306,9 @@ def make_private(
             step in other train and eval modes. (Where groups are clipped, examples of a group may couple in the model, but
             nothing may remember them.)
     """
+    check_loss(loss_fn)
+    if isinstance(optimizer, type):
+        raise PrivgradError(f"the optimizer is a class; build it: {optimizer.__name__}(model.parameters(), lr=...)")
     collate_fn = None if collate_fn is None else dicts_from(collate_fn)
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
