@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from examples import audit_own_training, batch_norm, foreign_optimizer, own_loop, resumed_loop
 from examples.tables import breast_cancer
@@ -33,6 +35,15 @@ def test_a_loop_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert resumed_loop.main(tmp_path / "run") > 0.85
     assert read_ledger(tmp_path / "run" / "ledger.jsonl").count == 50
     assert resumed_loop.main(tmp_path / "run") > 0.85, "finished before: the weights of the checkpoint"
+
+
+def test_a_transformer_of_hugging_face_trains_as_it_is() -> None:
+    pytest.importorskip("transformers", reason="no dependency of ours; pip install transformers")
+    from examples import hugging_face
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*does not cover this model")
+        assert hugging_face.main() > 0.9
 
 
 def test_batch_norm_trains_with_statistics_that_are_charged(tmp_path: Path) -> None:
