@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from privgrad.mechanism.plan import KINDS
+from privgrad.mechanism.kinds import KINDS
 from tests.audit.table import (
     ALONE,
     MULTIPLIER,

@@ -26,7 +26,7 @@ from privgrad.data.settings import DataSettings, read_settings
 from privgrad.data.source import load
 from privgrad.errors import PrivgradError
 from privgrad.mechanism.clipping import FlatClipping
-from privgrad.mechanism.plan import KINDS
+from privgrad.mechanism.kinds import KINDS
 from privgrad.nn.models import build_model
 from privgrad.training.averaging import ExponentialAverage
 from privgrad.training.run import differences

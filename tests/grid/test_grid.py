@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from privgrad.mechanism.plan import KINDS
+from privgrad.mechanism.kinds import KINDS
 from tests.grid import (
     CLIPPING,
     PROTECTS,

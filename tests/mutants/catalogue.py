@@ -219,6 +219,13 @@ MUTANTS = (
         ("tests/gradients/test_ways.py",),
     ),
     Mutant(
+        "verify runs code that a plan names",
+        "mechanism/kinds.py",
+        "    if not own and module not in sys.modules:",
+        "    if False:",
+        ("tests/cli/test_own_stage.py",),
+    ),
+    Mutant(
         "a ledger of other terms is taken",
         "training/private.py",
         "    if ledger.terms != plan.terms():",
@@ -1384,7 +1391,7 @@ MUTANTS = (
     ),
     Mutant(
         "the seed is published",
-        "mechanism/plan.py",
+        "mechanism/kinds.py",
         '    if field.name == "insecure_seed" and value is not None:',
         "    if False:",
         (NOISE,),

@@ -137,7 +137,7 @@ def _subject(target: Path, settings: list[str]) -> Subject:
     run = Run(target)
     if not run.begun:
         raise PrivgradError(f"{target} holds no run; expected a configuration file, or what `train` makes")
-    plan = Plan.from_json(read_json(run.plan))
+    plan = Plan.from_json(read_json(run.plan), own=True)
     return Subject(_seedless(plan), complete(read_config(run.config)), run)
 
 

@@ -21,8 +21,9 @@ from privgrad.errors import PrivgradError, RefusedError, check_count, check_numb
 from privgrad.gradients.contract import Engine
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.vmap import VmapEngine
+from privgrad.mechanism.kinds import KINDS, stage_from_json
 from privgrad.mechanism.noise import SECRET
-from privgrad.mechanism.plan import KINDS, Plan, stage_from_json
+from privgrad.mechanism.plan import Plan
 from privgrad.mechanism.sampling import ShuffledBatches
 from privgrad.mechanism.stage import Sampling
 from privgrad.privacy.accounting import MOST_STEPS
@@ -47,7 +48,7 @@ def build_plan(config: Config, size: int | None = None, *, calibrated: bool = Tr
     the width, where that is "calibrate".
     """
     privacy, plan = config["privacy"], config["plan"]
-    stages = {slot: stage_from_json(slot, plan[slot]) for slot in KINDS if plan[slot] is not None}
+    stages = {slot: stage_from_json(slot, plan[slot], own=True) for slot in KINDS if plan[slot] is not None}
     if size is not None:
         probe = Plan(steps=1, adjacency=privacy["adjacency"], accountant=privacy["accountant"], **stages)
         stages["sampling"] = probe.for_dataset(size).sampling

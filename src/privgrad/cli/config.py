@@ -13,7 +13,7 @@ from privgrad.data.generators import GENERATORS
 from privgrad.data.settings import read_settings
 from privgrad.data.source import located
 from privgrad.errors import PrivgradError, nearest
-from privgrad.mechanism.plan import KINDS
+from privgrad.mechanism.kinds import KINDS, stage_class
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {
@@ -165,9 +165,7 @@ def _stage(slot: str, default: Mapping[str, Any] | None, value: Any) -> dict[str
     if default is None and "kind" not in value:
         raise PrivgradError(f"plan.{slot} has no 'kind'; {nearest('', KINDS[slot])}")
     kind = value.get("kind", (default or {}).get("kind"))
-    if not isinstance(kind, str) or kind not in KINDS[slot]:
-        raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(str(kind), KINDS[slot])}")
-    fields = [field.name for field in dataclasses.fields(KINDS[slot][kind])]
+    fields = [field.name for field in dataclasses.fields(stage_class(slot, str(kind), own=True))]
     for key in value:
         if key != "kind" and key not in fields:
             raise PrivgradError(f"plan.{slot}.{key} is an unknown key for kind {kind!r}; {nearest(key, fields)}")

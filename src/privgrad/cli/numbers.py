@@ -10,7 +10,8 @@ import typer
 from privgrad.cli.build import build_plan, count_units, plan_for_numbers
 from privgrad.cli.config import DEFAULTS, assign, complete, read_config, resolved, section_of
 from privgrad.errors import PrivgradError
-from privgrad.mechanism.plan import Plan, stage_from_json
+from privgrad.mechanism.kinds import stage_from_json
+from privgrad.mechanism.plan import Plan
 
 ConfigPath = Annotated[
     Path | None, typer.Argument(help="A configuration file; or give the numbers.", show_default=False)
@@ -54,7 +55,7 @@ def plan_from(
     if multiplier is not None:
         section_of(section_of(given, "plan"), "noise")["multiplier"] = multiplier
     config = complete(given)
-    known = stage_from_json("sampling", config["plan"]["sampling"]).sampled is not None
+    known = stage_from_json("sampling", config["plan"]["sampling"], own=True).sampled is not None
     units = None if known else count_units(resolved(config, config_path.parent))
     plan = build_plan(config, units, calibrated=False)
     target = config["privacy"]["epsilon"]

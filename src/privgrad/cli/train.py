@@ -124,7 +124,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     optimizer, schedule = build_optimizer(config, model)
     if resume:
         seed = config["plan"]["noise"].get("insecure_seed")
-        plan = Plan.from_json(read_json(run.plan)).with_seed(seed)
+        plan = Plan.from_json(read_json(run.plan), own=True).with_seed(seed)
     else:
         plan = build_plan(config, units_in(source))
     check_schedule(config, plan.steps)

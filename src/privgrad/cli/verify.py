@@ -15,12 +15,16 @@ from privgrad.privacy.certificate import round_up
 from privgrad.training.run import Run
 
 
-def verify(run: Annotated[Path, typer.Argument(help="The run directory.")], json: Json = False) -> None:
+def verify(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    own: Annotated[bool, typer.Option(help="Run the code of mechanisms of its author's own; trust them.")] = False,
+    json: Json = False,
+) -> None:
     """Recompute epsilon from the ledger alone. Exit code 1 where any file of the run does not fit it."""
     if not run.is_dir():
         raise PrivgradError(f"{run} is not a directory; expected a run directory, such as privgrad train makes")
     try:
-        verified = Run(run).verify()
+        verified = Run(run).verify(own=own)
     except VerificationError as error:
         _fail([str(error)], json, None, None)
         return

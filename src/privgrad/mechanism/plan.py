@@ -15,26 +15,15 @@ from dp_accounting import DpEvent, NoOpDpEvent
 
 from privgrad.errors import PrivgradError, RefusedError, check_count, check_number, choice, nearest
 from privgrad.files import digest
-from privgrad.mechanism import stage as protocols
-from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
+from privgrad.mechanism.clipping import FlatClipping
 from privgrad.mechanism.disclosure import DISCLOSURES, check_disclosures
-from privgrad.mechanism.embedding import GradientEmbedding
-from privgrad.mechanism.groups import RandomGroups
-from privgrad.mechanism.layerwise import AutomaticClipping, LayerwiseClipping
-from privgrad.mechanism.mixing import CALIBRATE, ModelMix
-from privgrad.mechanism.noise import SECRET, GaussianNoise
-from privgrad.mechanism.private_statistics import PrivateStatistics
+from privgrad.mechanism.kinds import KINDS, PROTOCOLS, kind_of, plain, stage_from_json, stage_to_json, told_first
+from privgrad.mechanism.mixing import CALIBRATE
+from privgrad.mechanism.noise import GaussianNoise
 from privgrad.mechanism.sampling import (
-    FixedSizeSampling,
-    FullBatch,
-    PoissonSampling,
     ShuffledBatches,
-    TruncatedPoissonSampling,
 )
-from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.stage import Clipping, Compression, Groups, Mixing, Noise, Sampling, Statistics, Thresholds
-from privgrad.mechanism.statistics import PublicStatistics
-from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
 from privgrad.privacy import accounting
 from privgrad.privacy.accounting import MOST_STEPS, Precision
 from privgrad.privacy.adjacency import Adjacency, Example, Protects, User
@@ -43,35 +32,6 @@ from privgrad.privacy.certificate import PlanFacts
 from privgrad.privacy.events import Accountant, Mixed, Sampled, compose, relation, step_event
 from privgrad.privacy.ledger import Terms
 from privgrad.privacy.sensitivity import Bound, presence_distance
-
-KINDS: dict[str, dict[str, type[Any]]] = {
-    "protects": {"example": Example, "user": User},
-    "sampling": {
-        stage.kind: stage
-        for stage in (PoissonSampling, TruncatedPoissonSampling, FixedSizeSampling, ShuffledBatches, FullBatch)
-    },
-    "groups": {"random": RandomGroups},
-    "compression": {stage.kind: stage for stage in (RandomSparsification, GradientEmbedding)},
-    "clipping": {
-        stage.kind: stage for stage in (FlatClipping, LayerwiseClipping, AutomaticClipping, CoordinateClipping)
-    },
-    "thresholds": {stage.kind: stage for stage in (PublicThresholds, PrivateThresholds, QuantileThresholds)},
-    "noise": {"gaussian": GaussianNoise},
-    "mixing": {ModelMix.kind: ModelMix},
-    "statistics": {stage.kind: stage for stage in (PublicStatistics, PrivateStatistics)},
-}
-"""What can be chosen for each stage, by its name in a configuration file. A new mechanism is one file and one entry."""
-
-_PROTOCOLS: dict[str, type[Any]] = {
-    "sampling": protocols.Sampling,
-    "groups": protocols.Groups,
-    "compression": protocols.Compression,
-    "clipping": protocols.Clipping,
-    "thresholds": protocols.Thresholds,
-    "noise": protocols.Noise,
-    "mixing": protocols.Mixing,
-    "statistics": protocols.Statistics,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +70,7 @@ class Plan:
         object.__setattr__(self, "adjacency", choice("adjacency", Adjacency, self.adjacency))
         object.__setattr__(self, "accountant", choice("accountant", Accountant, self.accountant))
         object.__setattr__(self, "disclose", check_disclosures(self.disclose))
-        for name, protocol in _PROTOCOLS.items():
+        for name, protocol in PROTOCOLS.items():
             value = getattr(self, name)
             optional = value is None and name not in ("sampling", "clipping", "noise")
             if not optional and not isinstance(value, protocol):
@@ -272,7 +232,7 @@ class Plan:
         if isinstance(self.protects, Example):
             del stages["protects"]
         return {
-            name: _own(name, chosen) + _words(name, chosen).replace("{unit}", unit)
+            name: told_first(name, chosen) + _words(name, chosen).replace("{unit}", unit)
             for name, chosen in stages.items()
             if chosen is not None
         }
@@ -286,7 +246,7 @@ class Plan:
             noise_multiplier=float(self.noise.multiplier or 0.0),
             seeded=self.noise.insecure_seed is not None,
             steps=self.steps,
-            own=tuple(_kind(name, stage) for name in KINDS if _own(name, stage := getattr(self, name))),
+            own=tuple(kind_of(name, stage) for name in KINDS if told_first(name, stage := getattr(self, name))),
             disclosed=tuple(DISCLOSURES[name].replace("{unit}", self.protects.unit) for name in self.disclose),
         )
 
@@ -305,20 +265,20 @@ class Plan:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in KINDS:
-                content[field.name] = None if value is None else _stage_to_json(field.name, value)
+                content[field.name] = None if value is None else stage_to_json(field.name, value)
             else:
-                content[field.name] = _plain(field, value)
+                content[field.name] = plain(field, value)
         return content
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Plan:
-        """The plan of a dictionary made by `to_json`, or of the same keys from a configuration file."""
+    def from_json(data: Mapping[str, Any], *, own: bool = False) -> Plan:
+        """The plan of a dictionary made by `to_json`, or of the same keys from a configuration file. own: see `stage_class`."""
         known = {field.name for field in dataclasses.fields(Plan)}
         values: dict[str, Any] = {}
         for key, value in data.items():
             if key not in known:
                 raise PrivgradError(f"plan.{key} is an unknown key; {nearest(key, known)}")
-            values[key] = stage_from_json(key, value) if key in KINDS and value is not None else value
+            values[key] = stage_from_json(key, value, own=own) if key in KINDS and value is not None else value
         try:
             return Plan(**values)
         except TypeError as error:
@@ -336,55 +296,3 @@ def _words(slot: str, stage: Any) -> str:
             "certificate"
         )
     return words
-
-
-def _kind(slot: str, stage: Any) -> str:
-    """A stage's name: one of KINDS; that of its class where it is the user's own, so that ledger and certificate can tell."""
-    known = next((kind for kind, cls in KINDS[slot].items() if type(stage) is cls), None)
-    return f"{type(stage).__module__}:{type(stage).__qualname__}" if known is None else known
-
-
-def _own(slot: str, stage: Any) -> str:
-    """What the certificate says first of a mechanism that is not this library's; nothing of one that is."""
-    if stage is None or type(stage) in KINDS[slot].values():
-        return ""
-    return f"a mechanism of the user's own ({_kind(slot, stage)}), which says of itself: "
-
-
-def _stage_to_json(slot: str, value: Any) -> dict[str, Any]:
-    return {
-        "kind": _kind(slot, value),
-        **{field.name: _plain(field, getattr(value, field.name)) for field in dataclasses.fields(value)},
-    }
-
-
-def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value as JSON knows it. 1 and 1.0 are the same number to a float field, and must give the same digest."""
-    if field.name == "insecure_seed" and value is not None:
-        return SECRET  # plans are published; whoever has the seed can take the noise away
-    if isinstance(value, int) and not isinstance(value, bool) and "float" in str(field.type):
-        return float(value)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def stage_from_json(slot: str, data: Any) -> Any:
-    """The stage of `{"kind": ..., **its numbers}`.
-
-    Raises:
-        PrivgradError: an unknown kind or key (with the nearest known one), or a missing or wrong number.
-    """
-    if not isinstance(data, Mapping) or not isinstance(data.get("kind"), str):
-        raise PrivgradError(f"plan.{slot} is {data!r}; expected a table with a 'kind'")
-    kind = data["kind"]
-    if kind not in KINDS[slot]:
-        raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(kind, KINDS[slot])}")
-    cls = KINDS[slot][kind]
-    known = [field.name for field in dataclasses.fields(cls)]
-    values = {key: value for key, value in data.items() if key != "kind"}
-    for key in values:
-        if key not in known:
-            raise PrivgradError(f"plan.{slot}.{key} is an unknown key for kind {kind!r}; {nearest(key, known)}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise PrivgradError(f"plan.{slot}: {error}") from error

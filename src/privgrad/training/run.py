@@ -131,8 +131,10 @@ class Run(Layout):
         if certificate is not None:  # a damaged one has seen nothing, and is written anew
             _check_tail(record, certificate["ledger"], "certificate")
 
-    def verify(self) -> Verified:
+    def verify(self, *, own: bool = False) -> Verified:
         """Recompute epsilon from the ledger alone, and compare every file of the run with it. Also while the run is going on.
+
+        own: import mechanisms of the user's own that the plan names; without it, a plan whose code is not loaded is a mismatch.
 
         Raises:
             VerificationError: a broken ledger.
@@ -151,11 +153,11 @@ class Run(Layout):
             mismatches, "checkpoint", lambda: load_tree(self.checkpoint) if self.checkpoint.exists() else None
         )
         record = read_ledger(self.ledger)
-        _collect(mismatches, "plan", lambda: self._check_plan(record))
+        _collect(mismatches, "plan", lambda: self._check_plan(record, own))
         if saved is not None:
             _collect(mismatches, "checkpoint", lambda: _check_checkpoint(record, saved))
         if finished:
-            _collect(mismatches, "certificate", lambda: self._check_certificate(record))
+            _collect(mismatches, "certificate", lambda: self._check_certificate(record, own))
         return Verified(record.spent(), record.count, finished, mismatches)
 
     def _left(self) -> list[str]:
@@ -166,13 +168,13 @@ class Run(Layout):
             left += [] if steps == 0 else [self.checkpoint.name]
         return left
 
-    def _check_plan(self, record: Record) -> None:
+    def _check_plan(self, record: Record, own: bool) -> None:
         stored = read_json(self.plan)
         if digest(stored) != record.terms.plan:
             raise VerificationError("plan.json is not the plan that the ledger was written for")
         if self.plan.read_text(encoding="utf-8") != plan_text(stored):
             raise VerificationError("plan.json is not written as privgrad writes it")
-        plan = Plan.from_json(stored)
+        plan = Plan.from_json(stored, own=own)
         if plan.terms() != record.terms:
             raise VerificationError("the ledger's terms are not those of plan.json")
         if record.count > plan.steps:
@@ -203,17 +205,17 @@ class Run(Layout):
                 raise VerificationError(f"{path.name} does not say what certificate.json says")
         return stored
 
-    def _check_certificate(self, record: Record) -> None:
+    def _check_certificate(self, record: Record, own: bool) -> None:
         stored = self._fitting_certificate()
         _check_tail(record, stored["ledger"], "certificate")
-        self._check_words(record, stored)
+        self._check_words(record, stored, own)
 
-    def _check_words(self, record: Record, stored: dict[str, Any]) -> None:
+    def _check_words(self, record: Record, stored: dict[str, Any], own: bool) -> None:
         """Make the certificate again, from the ledger and plan.json; only what they do not know is taken from the stored one."""
         evaluation = stored["evaluation"]
         again = make_certificate(
             record,
-            Plan.from_json(read_json(self.plan)).facts(),
+            Plan.from_json(read_json(self.plan), own=own).facts(),
             steps_applied=stored["steps"]["applied"],
             data=stored["data"],
             model_digest=stored["model_sha256"],
