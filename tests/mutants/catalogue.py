@@ -327,8 +327,8 @@ MUTANTS = (
     Mutant(
         "a batch of which a part is summed starts anew with another engine",
         "gradients/onepass.py",
-        "                if reason.late:\n",
-        "                if False:\n",
+        "            if reason.late:\n",
+        "            if False:\n",
         (NOT_COVERED,),
     ),
     Mutant(
