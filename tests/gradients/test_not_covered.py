@@ -62,6 +62,10 @@ class Plain(torch.autograd.Function):
         return gradient * weight, (gradient * inputs).flatten(0, -2).sum(0)
 
 
+def _data_dependent(m: nn.Module, x: Tensor) -> Tensor:
+    return m.linear(x) if x.sum() > 0 else m.linear(-x)
+
+
 def _own_gradient(m: nn.Module, x: Tensor) -> Tensor:
     return torch.func.grad(lambda z: m.linear(z).sin().sum())(x)
 
@@ -83,10 +87,7 @@ class Scripted(nn.Module):
 UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scripted": (Scripted, "inner.weight is used by"),
     "old autograd function": (lambda: Around(lambda m, x: Plain.apply(x, m.w), w=(6,)), "setup_context"),
-    "control flow": (
-        lambda: Around(lambda m, x: m.linear(x[x > 0][:1].sum() + x), linear=nn.Linear(6, 6)),
-        "dynamic shape",
-    ),
+    "control flow": (lambda: Around(_data_dependent, linear=nn.Linear(6, 6)), "control flow"),
     "own gradient": (lambda: Around(_own_gradient, linear=nn.Linear(6, 6)), "torch.func"),
     "own vmap": (lambda: Around(lambda m, x: torch.func.vmap(m.l)(x), l=nn.Linear(6, 6)), "torch.func itself"),
     "checkpoint": (

@@ -205,20 +205,6 @@ MUTANTS = (
         ("tests/training/test_resumed_loop.py",),
     ),
     Mutant(
-        "the first row decides for all",
-        "gradients/batched.py",
-        "        if len(answers) > 1 and not bool((answers == answers[0]).all()):",
-        "        if False:",
-        ("tests/gradients/test_ways.py",),
-    ),
-    Mutant(
-        "a unit whose rows part is clipped in parts",
-        "gradients/chunks.py",
-        "        if int(torch.isin(fold.index, units).sum()) > len(rows):",
-        "        if False:",
-        ("tests/gradients/test_ways.py",),
-    ),
-    Mutant(
         "verify runs code that a plan names",
         "mechanism/kinds.py",
         "    if not own and module not in sys.modules:",
@@ -327,8 +313,8 @@ MUTANTS = (
     Mutant(
         "a batch of which a part is summed starts anew with another engine",
         "gradients/onepass.py",
-        "            if reason.late:\n",
-        "            if False:\n",
+        "                if reason.late:\n",
+        "                if False:\n",
         (NOT_COVERED,),
     ),
     Mutant(

@@ -160,9 +160,12 @@ def test_a_state_of_a_ledger_with_another_history_is_refused(tmp_path: Path) -> 
         )
 
 
-@pytest.mark.parametrize(
-    "saved", [{}, {"stages": {}}, {"stages": {}, "ledger": {}}, {"plan": "", "stages": 3, "ledger": {}}, []]
-)
+NUMBERS = {"plan": "", "stages": {"thresholds": {"logarithms": 1.0}}, "ledger": {"steps": 0, "head": ""}}
+NEGATIVE = {"plan": "", "stages": {}, "ledger": {"steps": -1, "head": ""}}
+HALVES = [{}, {"stages": {}}, {"plan": "", "stages": 3, "ledger": {}}, {"stages": {}, "ledger": {}}]
+
+
+@pytest.mark.parametrize("saved", [*HALVES, NUMBERS, NEGATIVE, []])
 def test_what_is_no_state_is_refused(saved: Any) -> None:
     with pytest.raises(pg.PrivgradError, match=r"expected what state_dict\(\) gave"):
         in_memory(plan()).load_state_dict(saved)

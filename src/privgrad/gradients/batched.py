@@ -21,17 +21,6 @@ class NotCoveredError(Exception):
         self.late = late
 
 
-class RowsDifferError(NotCoveredError):
-    """The model's own code asks a tensor for a number, and its rows give different ones: each must go its own way.
-
-    answers: [rows], what each row says.
-    """
-
-    def __init__(self, answers: Tensor) -> None:
-        super().__init__("its code takes many different ways for different rows")
-        self.answers = answers
-
-
 def is_batched(value: object) -> bool:
     """Whether a tensor has rows (inside vmap)."""
     return isinstance(value, Tensor) and functorch.is_batchedtensor(value)
@@ -65,24 +54,6 @@ def on_rows(expected: int, function: Callable[..., Any], *tensors: Tensor) -> An
     if isinstance(output, tuple):
         return tuple(functorch._add_batch_dim(part, 0, expected) for part in output)
     return functorch._add_batch_dim(output, 0, expected)
-
-
-def number(expected: int, asked: Callable[[Tensor], Any], tensor: Tensor) -> Any:
-    """asked(tensor), for a tensor of one number per row, inside of the vmap of level `expected`: what all rows say.
-
-    Raises:
-        RowsDifferError: they say different things.
-    """
-    interpreter = current()
-    if interpreter.level() != expected:
-        raise NotCoveredError("the model uses transforms of torch.func itself")
-    answers = _rows_first(tensor.detach(), interpreter.batch_size())  # type: ignore[attr-defined]
-    with interpreter.lower():
-        first = asked(answers[0])  # refuses what is not one number
-        answers = answers.flatten()
-        if len(answers) > 1 and not bool((answers == answers[0]).all()):
-            raise RowsDifferError(answers)
-    return first
 
 
 def _rows_first(tensor: Tensor, rows: int) -> Tensor:

@@ -7,9 +7,6 @@ The forward pass runs under `torch.func.vmap` over the rows, so that each row's 
 - a computation from parameters alone (weight standardization, a transposed view) makes a derived weight;
 - any other operator is given one copy of the parameter per row, and vmap does the rest.
 
-Where the model's own code asks for a number (`if mask.all():`), it gets the one that all rows give; rows that differ are taken
-apart by the engine.
-
 What reaches a parameter on another way is noticed in autograd's graph afterwards (`uncovered`).
 """
 
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from privgrad.gradients.batched import NotCoveredError, any_batched, is_batched, level, number, on_rows
+from privgrad.gradients.batched import NotCoveredError, any_batched, level, on_rows
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.norms import wide
 from privgrad.gradients.terms import Rows, Term
@@ -32,10 +29,6 @@ Rule = Callable[..., Any]
 
 Terms = Callable[..., Iterable[tuple[Weight, Term]]]
 """terms(output gradient, *saved): each weight's term, of rows."""
-
-
-_NUMBERS = frozenset((Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.item))
-"""What asks a tensor for a number, on which the model's code then decides."""
 
 
 class Scope:
@@ -107,10 +100,6 @@ class Scope:
         caught: Tensor = _Catch.apply(self._anchor, output, arrived, *kept)  # type: ignore[no-untyped-call]
         return caught
 
-    def number(self, asked: Callable[[Tensor], Any], tensor: Tensor) -> Any:
-        """asked(tensor), where all rows give the same answer."""
-        return number(self._level, asked, tensor)
-
     def scaled(self, gradient: Tensor, rows: int) -> Tensor:
         """A gradient [rows * T, ...] as [rows, T, ...], in float32 or wider, with each row's factor."""
         return self.factored(gradient.reshape(rows, -1, *gradient.shape[1:]))
@@ -150,8 +139,6 @@ class Catching(TorchFunctionMode):
         self._always = always
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _NUMBERS and is_batched(args[0]):
-            return self.scope.number(func, args[0])
         weights = self.scope.weights_in(args)
         if kwargs:
             weights += self.scope.weights_in(kwargs.values())

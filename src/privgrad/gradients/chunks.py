@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from privgrad.gradients.contract import Fold, Tree
@@ -36,19 +34,5 @@ def chunks(batch: Tree, fold: Fold, rows_per_chunk: int) -> Iterator[tuple[Tree,
         row += rows
 
 
-def by_answer(batch: Tree, fold: Fold, answers: Tensor) -> list[tuple[Tree, Fold]]:
-    """Parts of units whose rows give the same answer [rows] each; none where the rows of one unit differ."""
-    _, known = torch.unique(answers.cpu(), return_inverse=True)
-    parts = []
-    for answer in range(int(known.max()) + 1):
-        rows = (known == answer).nonzero().flatten()
-        units, index = torch.unique(fold.index[rows], return_inverse=True)
-        if int(torch.isin(fold.index, units).sum()) > len(rows):
-            return []
-        scale = None if fold.scale is None else fold.scale[rows]
-        parts.append((_part(batch, rows), Fold(index, len(units), scale)))
-    return parts
-
-
-def _part(batch: Tree, rows: slice | Tensor) -> Tree:
-    return pytree.tree_map(lambda leaf: leaf[rows if isinstance(rows, slice) else rows.to(leaf.device)], batch)
+def _part(batch: Tree, rows: slice) -> Tree:
+    return pytree.tree_map(lambda leaf: leaf[rows], batch)

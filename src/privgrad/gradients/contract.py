@@ -123,8 +123,7 @@ class Rule(Protocol):
         """Weights for norms [units, len(blocks)] of the named block columns, in the same shape.
 
         A weight of 0 means: this unit (and block) is left out by selection, never by multiplication (0 * NaN is NaN).
-        A rule that is not separable is called once per unit, with every block. Each (unit, block) is asked for once, in any
-        order of units.
+        A rule that is not separable is called once per unit, with every block. Each (unit, block) is asked for once.
         """
         ...
 

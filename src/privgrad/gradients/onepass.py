@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.batched import NotCoveredError, RowsDifferError
+from privgrad.gradients.batched import NotCoveredError
 from privgrad.gradients.catching import Catching, Rule, uncovered
-from privgrad.gradients.chunks import by_answer, chunks
+from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
 from privgrad.gradients.contract import (
     Engine,
@@ -47,9 +47,6 @@ from privgrad.gradients.memory import Saved, Workspace, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.vmap import VmapEngine
-
-_MOST_WAYS = 8
-"""Where a model's code sends the rows of one chunk so many different ways, a slower engine is faster."""
 
 
 class OnePassEngine:
@@ -76,39 +73,26 @@ class OnePassEngine:
         kind = (most_needed(request.encoding, parameters), request.fold.is_identity)
         if self._slower is None and kind not in self._rows_per_chunk:
             self._rows_per_chunk[kind] = self._try_one_unit(module, parameters, request)
+        asleep = masked(request.encoding, parameters)
+        awake = {name: parameter for name, parameter in parameters.items() if name not in asleep}
         count = len(request.fold.index)
         rows = count if self._slower is not None else even(count, self._rows_per_chunk[kind])
         for batch, fold in chunks(request.batch, request.fold, rows):
-            waiting = [replace(request, batch=batch, fold=fold)]
-            while waiting:
-                part = waiting.pop()
-                if self._slower is not None:
-                    self._slower.accumulate(model, loss_fn, part)
-                else:
-                    waiting += self._tried(module, parameters, part, _MOST_WAYS - len(waiting))
-
-    def _tried(
-        self, module: WithLoss, parameters: Mapping[str, nn.Parameter], part: Request, ways: int
-    ) -> list[Request]:
-        """One pass over the part; or what is to be done instead: in at most so many parts, or by the slower engine."""
-        asleep = masked(part.encoding, parameters)
-        awake = {name: parameter for name, parameter in parameters.items() if name not in asleep}
-        try:
-            with _frozen(parameters[name] for name in asleep):
-                self._one_pass(module, awake, part)
-            return []
-        except NotCoveredError as reason:
-            if reason.late:
-                raise PrivgradError(
-                    f"the one-pass engine cannot go on with this model, in the midst of a step: {reason}; let an autograd "
-                    "function of your own return a new tensor (grad * factor, not grad.mul_(factor))"
-                ) from None
-            if isinstance(reason, RowsDifferError):
-                apart = by_answer(part.batch, part.fold, reason.answers)
-                if 1 < len(apart) <= ways:
-                    return [replace(part, batch=batch, fold=fold) for batch, fold in apart]
-            self._slower = self._fall_back(module, part, str(reason))
-            return [part]
+            part = replace(request, batch=batch, fold=fold)
+            if self._slower is not None:
+                self._slower.accumulate(model, loss_fn, part)
+                continue
+            try:
+                with _frozen(parameters[name] for name in asleep):
+                    self._one_pass(module, awake, part)
+            except NotCoveredError as reason:
+                if reason.late:
+                    raise PrivgradError(
+                        f"the one-pass engine cannot go on with this model, in the midst of a step: {reason}; let an autograd "
+                        "function of your own return a new tensor (grad * factor, not grad.mul_(factor))"
+                    ) from None
+                self._slower = self._fall_back(module, part, str(reason))
+                self._slower.accumulate(model, loss_fn, part)
 
     def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request, rows: int) -> float:
         """The share of a gradient that would have to exist for a unit of so many rows; infinite for a model not covered."""

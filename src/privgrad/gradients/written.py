@@ -21,7 +21,7 @@ from privgrad.gradients.contract import (
 
 
 def unit_gradients(engine: Engine, model: nn.Module, loss_fn: LossFn, batch: Tree, fold: Fold) -> dict[str, Tensor]:
-    """{parameter: [units, *shape]} as `engine` finds them, in any order. Holds them all: memory for units times parameters.
+    """{parameter: [units, *shape]} as `engine` finds them. Holds them all: memory for units times parameters.
 
     NOT for private rows: nothing here is clipped.
     """

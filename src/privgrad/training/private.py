@@ -206,6 +206,8 @@ class Private:
         try:
             stages = {name: dict(state) for name, state in saved["stages"].items()}
             plan, steps, head = saved["plan"], int(saved["ledger"]["steps"]), saved["ledger"]["head"]
+            if not all(isinstance(value, Tensor) for state in stages.values() for value in state.values()) or steps < 0:
+                raise TypeError("a stage remembers tensors, and steps are counted")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PrivgradError("this is no state of a private training; expected what state_dict() gave") from error
         if plan != self.plan.digest() or stages.keys() != self.runner.states.keys():
