@@ -1110,7 +1110,7 @@ MUTANTS = (
     ),
     Mutant(
         "momentum under mixing",
-        "training/private.py",
+        "training/optimizers.py",
         'plain = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")',
         'plain = ("weight_decay", "dampening", "nesterov", "maximize")',
         (MIXING,),

@@ -39,6 +39,7 @@ from privgrad.training.batches import (
     with_dicts,
 )
 from privgrad.training.loss import check_loss
+from privgrad.training.optimizers import check_optimizer, check_plain
 from privgrad.training.padding import check_padding
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
@@ -309,14 +310,12 @@ def make_private(
             nothing may remember them.)
     """
     check_loss(loss_fn)
-    if isinstance(optimizer, type):
-        raise PrivgradError(f"the optimizer is a class; build it: {optimizer.__name__}(model.parameters(), lr=...)")
     collate_fn = None if collate_fn is None else dicts_from(collate_fn)
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
-    _check_optimizer(model, optimizer)
+    check_optimizer(model, optimizer)
     if plan.mixing is not None:
-        _check_plain(optimizer)
+        check_plain(optimizer)
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
@@ -359,44 +358,3 @@ def _described(batch: object) -> str:
     return (
         "a batch of another plan, or an earlier one" if isinstance(batch, SampledBatch) else f"a {type(batch).__name__}"
     )
-
-
-def _check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise RefusedError(
-            "LBFGS calls the loss several times a step (a closure), each a release of its own; use SGD or Adam"
-        )
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise RefusedError("SparseAdam needs sparse gradients, and a noised gradient is dense; use SGD or Adam")
-    if not trainable(model):
-        raise PrivgradError("the model has no trainable parameter; unfreeze at least one (requires_grad = True)")
-    known = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    foreign = sum(id(parameter) not in known for parameter in held)
-    if foreign:
-        raise PrivgradError(
-            f"the optimizer holds {foreign} parameter(s) that are not the model's; build it from model.parameters()"
-        )
-    missing = [name for name, parameter in trainable(model).items() if all(parameter is not other for other in held)]
-    if missing:
-        raise PrivgradError(
-            f"the optimizer does not hold {', '.join(missing)}; give it all trainable parameters, or freeze those "
-            "(requires_grad = False)"
-        )
-
-
-def _check_plain(optimizer: Optimizer) -> None:
-    """Mixing moves the weights itself, by the learning rate of plain SGD."""
-    first = optimizer.param_groups[0]
-    plain = ("momentum", "weight_decay", "dampening", "nesterov", "maximize")
-    if type(optimizer) is not torch.optim.SGD or any(
-        group.get(name) for group in optimizer.param_groups for name in plain
-    ):
-        raise RefusedError(
-            "mixing needs plain SGD without momentum and weight decay: a hidden buffer breaks its composition, and a released "
-            "one undoes the mixing; use torch.optim.SGD(..., lr), and mixing's own decay and momentum"
-        )
-    if any(group["lr"] != first["lr"] for group in optimizer.param_groups):
-        raise RefusedError(
-            "mixing needs one learning rate for all parameters: the width of its noise is a multiple of it"
-        )
