@@ -11,7 +11,7 @@ import privgrad
 
 SOURCE = Path(privgrad.__file__).parent
 FLOORS = ["privacy", "gradients", "mechanism", "nn", "data", "report", "training", "audit", "cli"]
-COMMON = {"errors", "files"}
+COMMON = {"errors", "files", "own"}
 
 
 def imports(path: Path) -> set[str]:

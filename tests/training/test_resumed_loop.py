@@ -66,15 +66,19 @@ class Training:
         return self
 
 
-@pytest.mark.parametrize("stages", MEMORIES.values(), ids=MEMORIES)
-def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path, stages: dict[str, Any]) -> None:
-    used = plan(**stages)
+def stopped_after_three(tmp_path: Path, used: Plan) -> tuple[list[Tensor], Training]:
+    """What an uninterrupted training gives, and one on the ledger of another that was stopped, as yet without its checkpoint."""
     straight = Training(tmp_path / "straight", used).run(STEPS)
     first = Training(tmp_path / "ledger", used)
     first.run(3)
     first.stop(tmp_path / "checkpoint")
+    return straight, Training(tmp_path / "ledger", used, resume=True)
 
-    second = Training(tmp_path / "ledger", used, resume=True).go_on(tmp_path / "checkpoint")
+
+@pytest.mark.parametrize("stages", MEMORIES.values(), ids=MEMORIES)
+def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path, stages: dict[str, Any]) -> None:
+    straight, second = stopped_after_three(tmp_path, plan(**stages))
+    second.go_on(tmp_path / "checkpoint")
     assert all(torch.equal(one, other) for one, other in zip(second.run(3), straight, strict=True))
     assert second.private.ledger.count == STEPS
     second.private.ledger.close()
@@ -83,12 +87,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path, 
 @pytest.mark.parametrize("stages", MEMORIES.values(), ids=MEMORIES)
 def test_without_its_state_a_training_ends_elsewhere(tmp_path: Path, stages: dict[str, Any]) -> None:
     """(The test above is one of memory.)"""
-    used = plan(**stages)
-    straight = Training(tmp_path / "straight", used).run(STEPS)
-    first = Training(tmp_path / "ledger", used)
-    first.run(3)
-    first.stop(tmp_path / "checkpoint")
-    second = Training(tmp_path / "ledger", used, resume=True)
+    straight, second = stopped_after_three(tmp_path, plan(**stages))
     fresh = second.private.runner.states
     second.go_on(tmp_path / "checkpoint").private.runner.states = fresh
     assert not all(torch.equal(one, other) for one, other in zip(second.run(3), straight, strict=True))

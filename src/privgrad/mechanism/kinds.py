@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from privgrad.errors import PrivgradError, nearest, reason_of
+from privgrad.errors import PrivgradError, nearest
 from privgrad.mechanism import stage as protocols
 from privgrad.mechanism.clipping import CoordinateClipping, FlatClipping
 from privgrad.mechanism.embedding import GradientEmbedding
@@ -27,6 +26,7 @@ from privgrad.mechanism.sampling import (
 from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
+from privgrad.own import imported
 from privgrad.privacy.adjacency import Example, User
 
 KINDS: dict[str, dict[str, type[Any]]] = {
@@ -100,7 +100,7 @@ def stage_class(slot: str, kind: str, *, own: bool) -> type[Any]:
     """
     if kind in KINDS[slot]:
         return KINDS[slot][kind]
-    module, colon, name = kind.partition(":")
+    module, colon, _ = kind.partition(":")
     if not colon or slot not in PROTOCOLS:
         hint = " (your own: 'package.module:Class')" if slot in PROTOCOLS else ""
         raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(kind, KINDS[slot])}{hint}")
@@ -109,12 +109,7 @@ def stage_class(slot: str, kind: str, *, own: bool) -> type[Any]:
             f"plan.{slot}.kind is {kind!r}, a mechanism of the user's own, whose code is not run unasked; where you trust it, "
             "say so: --own"
         )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's own may raise anything
-        raise PrivgradError(
-            f"plan.{slot}.kind is {kind!r}, which cannot be imported: {type(error).__name__}: {reason_of(error)}"
-        ) from error
+    found = imported(f"plan.{slot}.kind", kind)
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise PrivgradError(f"plan.{slot}.kind is {kind!r}, which is no dataclass; a stage is one of its numbers")
     if f"{found.__module__}:{found.__qualname__}" != kind:

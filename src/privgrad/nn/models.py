@@ -14,6 +14,7 @@ from privgrad.errors import PrivgradError, reason_of
 from privgrad.nn.cnn import DPCNN, FeatureCNN, SmallDPCNN, image_shape
 from privgrad.nn.convert import normalized
 from privgrad.nn.resnet import WideResNet, resnet18, resnet20
+from privgrad.own import imported
 
 
 class LogisticRegression(nn.Module):
@@ -123,7 +124,7 @@ def build_model(name: object, input_shape: Sequence[int], classes: int, argument
             raise PrivgradError(
                 f"model.name is {name!r}; known: {', '.join(map(repr, MODELS))} (your own: 'package.module:factory')"
             )
-        factory = _import_factory(name)
+        factory = imported("model.name", name)
     try:
         model = factory(input_shape=tuple(input_shape), classes=classes, **arguments)
     except PrivgradError:
@@ -135,16 +136,3 @@ def build_model(name: object, input_shape: Sequence[int], classes: int, argument
     if not isinstance(model, nn.Module):
         raise PrivgradError(f"model {name!r} gave a {type(model).__name__}; expected a torch.nn.Module")
     return model
-
-
-def _import_factory(name: str) -> Callable[..., nn.Module]:
-    import importlib
-
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # a module of the user's own may raise anything
-        raise PrivgradError(
-            f"model.name is {name!r}, which cannot be imported: {type(error).__name__}: {reason_of(error)}"
-        ) from error
-    return factory
