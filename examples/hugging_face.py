@@ -47,7 +47,6 @@ def main() -> float:
     torch.manual_seed(0)
     dataset: Any = texts(4000)
     config = BertConfig(
-        attn_implementation="eager",  # "sdpa" asks whether all of a mask is 1, which sends it to a slow engine
         vocab_size=WORDS,
         hidden_size=32,
         num_hidden_layers=1,

@@ -105,9 +105,10 @@ def test_a_group_says_nothing_to_the_next() -> None:
     model = Remembering()
     batch = (torch.randn(6, 5), torch.randint(3, (6,)))
     alone = accumulate(
-        StreamedEngine(), model, cross_entropy, (batch[0][3:], batch[1][3:]), Fold(torch.zeros(3).long(), 1)
+        StreamedEngine(mean=True), model, cross_entropy, (batch[0][3:], batch[1][3:]), Fold(torch.zeros(3).long(), 1)
     )[1]
-    both = accumulate(StreamedEngine(), model, cross_entropy, batch, Fold(torch.tensor([0, 0, 0, 1, 1, 1]), 2))[1]
+    fold = Fold(torch.tensor([0, 0, 0, 1, 1, 1]), 2)
+    both = accumulate(StreamedEngine(mean=True), model, cross_entropy, batch, fold)[1]
     torch.testing.assert_close(both.norms[1], alone.norms[0])
     assert (model.last == 0).all()
 

@@ -465,6 +465,27 @@ MUTANTS = (
         "        if False and versions != [",
         (STREAMED,),
     ),
+    Mutant(
+        "rows of a unit go through a slower engine together",
+        "gradients/streamed.py",
+        "for part in [rows] if self.mean else rows.split(1):",
+        "for part in [rows]:",
+        (NOT_COVERED,),
+    ),
+    Mutant(
+        "models that ask stay on the way for graphs after the forward pass",
+        "gradients/batched.py",
+        "torch.compiler._is_compiling_flag = _inside > 0",
+        "pass",
+        (NOT_COVERED,),
+    ),
+    Mutant(
+        "a way for graphs is taken wherever it leads",
+        "gradients/onepass.py",
+        "                        self._check_way(module, parameters, request)",
+        "                        pass",
+        (NOT_COVERED,),
+    ),
     # sensitivity and the table
     Mutant(
         "groups are charged C instead of 2C",

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as current
@@ -19,6 +22,31 @@ class NotCoveredError(Exception):
     def __init__(self, reason: str, *, late: bool = False) -> None:
         super().__init__(reason)
         self.late = late
+
+
+_inside = 0
+_lock = Lock()
+
+
+@contextmanager
+def as_if_compiled() -> Iterator[None]:
+    """`torch.compiler.is_compiling()` is true meanwhile: a model goes the way that its authors made for graphs.
+
+    vmap has one graph for all rows, as torch.export has one for all inputs: a model may not ask what a value is. Attention
+    asks whether a mask hides anything at all, to save work; on its way for graphs it uses the mask as it is. torch.export sets
+    this variable, too; where torch has no such variable, the model asks as before, and vmap refuses. It belongs to the whole
+    process: of several threads, the first one sets it and the last one takes it back.
+    """
+    global _inside
+    with _lock:
+        _inside += 1
+        torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            torch.compiler._is_compiling_flag = _inside > 0
 
 
 def is_batched(value: object) -> bool:

@@ -7,7 +7,8 @@
                 arXiv:2210.00038)
 
 Batch-of-one semantics is a precondition of every engine: a row's loss depends on that row alone. vmap enforces it, since
-each row's forward sees that row alone; what vmap cannot run is left to slower engines, which says so.
+each row's forward sees that row alone. A model that asks what a value is, which vmap cannot answer, is tried on the way that
+its authors made for torch.compile, too; what vmap cannot run is left to slower engines, which says so.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from privgrad.errors import PrivgradError
-from privgrad.gradients.batched import NotCoveredError
+from privgrad.errors import PrivgradError, reason_of
+from privgrad.gradients.batched import NotCoveredError, as_if_compiled
 from privgrad.gradients.catching import Catching, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
@@ -62,6 +63,7 @@ class OnePassEngine:
         self.memory = memory
         self.rules = {**RULES, **(rules or {})}
         self._rows_per_chunk: dict[tuple[Need, bool], int] = {}
+        self._as_compiled = False
         self._slower: Engine | None = None
         self._workspace = Workspace()
 
@@ -138,8 +140,16 @@ class OnePassEngine:
             finally:
                 catching.scope.close()
 
-        with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
+        way = as_if_compiled() if self._as_compiled else nullcontext()
+        with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), way:
+            try:
+                losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
+            except (NotCoveredError, PrivgradError, torch.OutOfMemoryError):
+                raise
+            except (
+                Exception
+            ) as error:  # of the model's own code; if it is no fault of vmap's, a slower engine meets it, too
+                raise NotCoveredError(reason_of(error)) from error
         return losses
 
     def _try_one_unit(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
@@ -147,25 +157,43 @@ class OnePassEngine:
 
         Where units may have several rows, of two: what is a product of one row is often none of several.
 
-        A model that this engine cannot take is noticed here.
+        A model that this engine cannot take is noticed here, on both of its ways.
         """
         device = next(module.parameters()).device
         rows = 1 if request.fold.is_identity else 2
         trial = _trial(_unmasked(request, parameters), rows)
-        saved = Saved(module)
         reason = ""
-        # torch.func.grad, where a model uses it, does not go together with counting.
-        for counting in (saved.counting(), nullcontext()):
-            try:
-                with _unmoved_generators(device), counting:
-                    kept = self._one_pass(module, parameters, trial).most
-                return rows_of(saved.bytes // rows, kept, self.memory, device)
-            except torch.OutOfMemoryError:
-                raise
-            except (NotCoveredError, RuntimeError) as error:
-                reason = reason or str(error).strip().splitlines()[0]
+        # The way for graphs is kept once it is taken: what is asked does not depend on the kind of request.
+        for as_compiled in (True,) if self._as_compiled else (False, True):
+            self._as_compiled = as_compiled
+            saved = Saved(module)
+            # torch.func.grad, where a model uses it, does not go together with counting.
+            for counting in (saved.counting(), nullcontext()):
+                try:
+                    with _unmoved_generators(device), counting:
+                        kept = self._one_pass(module, parameters, trial).most
+                    if self._as_compiled:
+                        self._check_way(module, parameters, request)
+                    return rows_of(saved.bytes // rows, kept, self.memory, device)
+                except torch.OutOfMemoryError:
+                    raise
+                except (NotCoveredError, RuntimeError) as error:
+                    reason = reason or str(error).strip().splitlines()[0]
         self._slower = self._fall_back(module, trial, reason)
         return 1
+
+    def _check_way(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> None:
+        """Refuse a way for graphs that leads elsewhere: norms of the first row, by parameter, without dropout, are compared.
+
+        Half precision and other kernels differ by less than is allowed here; other mathematics differ by more.
+        """
+        with _unmoved_generators(next(module.parameters()).device), _evaluating(module):
+            expected = _norms(StreamedEngine(), module, request)
+            rule = _Nobody(separable=False)
+            self._one_pass(module, parameters, replace(_by_parameter(request, parameters), rule=rule))
+            found = torch.cat(rule.seen)
+        if bool(((found - expected).abs() > 0.05 * expected + 0.01 * expected.max()).any()):
+            raise NotCoveredError("it computes something else while torch.compiler.is_compiling() is true")
 
     def _fall_back(self, module: WithLoss, request: Request, reason: str) -> Engine:
         """Choose the slower engine, and say so, once."""
@@ -201,6 +229,19 @@ def _frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Modules in evaluation mode, each as it was before afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def _unmoved_generators(device: torch.device) -> Iterator[None]:
     """A throw-away random state: looking at sizes must not move the user's generator."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -209,13 +250,17 @@ def _unmoved_generators(device: torch.device) -> Iterator[None]:
 
 def _norms(engine: Engine, module: WithLoss, request: Request) -> Tensor:
     """[parameters]: the norms that an engine finds for the first row, by parameter."""
-    shapes = {name: parameter.shape for name, parameter in trainable(module.model).items()}
-    trial = _trial(request)
     rule = _Nobody(separable=False)
-    blocks = [(name,) for name in shapes]
-    alone = replace(trial, encoding=Identity(shapes), blocks=blocks, rule=rule, caps=(), joined=None)
+    alone = replace(_by_parameter(request, trainable(module.model)), rule=rule)
     engine.accumulate(module.model, module.loss_fn, alone)
     return torch.cat(rule.seen)
+
+
+def _by_parameter(request: Request, parameters: Mapping[str, nn.Parameter]) -> Request:
+    """A unit of the first row alone, each parameter a block, for nobody."""
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    blocks = [(name,) for name in shapes]
+    return replace(_trial(request), encoding=Identity(shapes), blocks=blocks, caps=(), joined=None)
 
 
 def _trial(request: Request, rows: int = 1) -> Request:

@@ -1,7 +1,7 @@
-"""One ordinary backward pass per unit, one unit after the other: memory for one gradient, any model that autograd takes.
+"""Ordinary backward passes, one unit after the other: memory for one gradient, any model that autograd takes.
 
 With groups as units it is the engine of Batch Clipping (arXiv:2307.11939): all rows of a group go through the model together,
-so that BatchNorm sees its own group, and no other. With rows as units it is a loop over batches of one: slow, always right.
+so that BatchNorm sees its own group, and no other. Otherwise it is a loop over batches of one: slow, always right.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
 
 
 class StreamedEngine:
-    """A unit's vector is the gradient of the scaled sum (`mean`: of the mean) of its rows' losses, its rows taken together.
+    """A unit's vector is the scaled sum of its rows' gradients, each row alone with the model.
 
-    mean: divide by the sum of the rows' factors, which is the number of the unit's examples. local_steps: k > 0 makes it the
+    mean: it is the gradient of the mean of its rows' losses instead, all rows taken together: their scaled sum, divided by the
+    sum of their factors, which is the number of the unit's examples. local_steps (with `mean`): k > 0 makes it the
     weight change of k steps of SGD with rate `local_rate` on the unit's rows instead. A unit of one row that BatchNorm refuses
     (one value per channel) goes through twice.
 
@@ -44,8 +45,13 @@ class StreamedEngine:
             rows = (request.fold.index == unit).nonzero().flatten()
             if len(rows) == 1 and self.mean and _has_batch_norm(model):
                 rows = rows.repeat(2)
-            gradients = self._vector(module, parameters, request, rows)
-            vectors = request.encoding.encode({name: value[None].to(dtype) for name, value in gradients.items()})
+            # Rows together only where the mean of losses is asked for: a model that looks at its whole batch (attention asks
+            # whether any row is padded) would otherwise take another way than with each row alone.
+            vector: dict[str, Tensor] = {}
+            for part in [rows] if self.mean else rows.split(1):
+                for name, value in self._vector(module, parameters, request, part).items():
+                    vector[name] = vector[name] + value if name in vector else value.to(dtype)
+            vectors = request.encoding.encode({name: value[None] for name, value in vector.items()})
             add_weighted(replace(request, batch=None, fold=Fold.identity(1)), vectors)
 
     def _vector(
