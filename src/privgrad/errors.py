@@ -87,7 +87,8 @@ def _finite(value: float) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """The first line of what a library says; the kind of error where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    words = str(error).strip()
+    return words.splitlines()[0] if words else type(error).__name__
 
 
 def check_count(name: str, value: object, *, at_least: int = 1, at_most: int | None = None) -> None:

@@ -196,10 +196,11 @@ def test_the_way_is_that_of_every_kind_of_request() -> None:
     covered(engine, model, squares, (torch.randn(5, 3, 6),))
 
 
-def test_a_way_for_graphs_that_leads_elsewhere_is_not_taken() -> None:
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_a_way_for_graphs_that_leads_elsewhere_is_not_taken(factor: float) -> None:
     def elsewhere(m: nn.Module, x: Tensor) -> Tensor:
         y = _unless_compiled(m, x)
-        return 2 * y if torch.compiler.is_compiling() else y
+        return factor * y if torch.compiler.is_compiling() else y
 
     with pytest.warns(UserWarning, match="does not cover this model"):
         agrees(OnePassEngine(), Around(elsewhere, linear=nn.Linear(6, 6)), squares, (torch.randn(5, 6),))
