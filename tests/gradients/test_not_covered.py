@@ -179,8 +179,19 @@ def test_a_model_that_fails_later_only_goes_on_more_slowly(asked: bool) -> None:
 
     model, engine = Around(later, linear=nn.Linear(6, 6)), OnePassEngine()
     covered(engine, model, squares, (torch.randn(5, 2, 6),))
-    with pytest.warns(UserWarning, match=r"does not cover this model .*control flow"):
+    with pytest.warns(UserWarning, match=r"does not cover this model \(its forward pass raises RuntimeError\)"):
         agrees(engine, model, squares, (torch.randn(5, 3, 6),))
+
+
+def test_what_a_model_says_of_a_record_is_not_repeated() -> None:
+    def tells(m: nn.Module, x: Tensor) -> Tensor:
+        if torch._C._functorch.is_batchedtensor(x):
+            raise ValueError("patient 4711")
+        return m.linear(x)
+
+    with pytest.warns(UserWarning, match="raises ValueError") as caught:
+        agrees(OnePassEngine(), Around(tells, linear=nn.Linear(6, 6)), squares, (torch.randn(5, 6),))
+    assert not [warning for warning in caught if "4711" in str(warning.message)]
 
 
 @pytest.mark.filterwarnings("ignore:the one-pass engine does not cover")

@@ -147,7 +147,8 @@ class OnePassEngine:
             except (NotCoveredError, PrivgradError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # a model may raise anything; a slower engine meets what is its own fault
-                raise NotCoveredError(reason_of(error)) from error
+                # Its kind only: the words may be about records, and in the midst of a training this becomes a warning.
+                raise NotCoveredError(f"its forward pass raises {type(error).__name__}") from error
         return losses
 
     def _try_one_unit(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:
@@ -176,7 +177,8 @@ class OnePassEngine:
                 except torch.OutOfMemoryError:
                     raise
                 except (NotCoveredError, RuntimeError) as error:
-                    reason = reason or str(error).strip().splitlines()[0]
+                    cause = error.__cause__  # a RuntimeError says what vmap cannot run
+                    reason = reason or reason_of(cause if isinstance(cause, RuntimeError) else error)
         self._slower = self._fall_back(module, trial, reason)
         return 1
 
