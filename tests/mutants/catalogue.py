@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 ADVICE = "tests/cli/test_advise.py"
 AUDIT = "tests/audit/test_step_audit.py"
+AS_COMPILED = "tests/gradients/test_as_compiled.py"
 EMBEDDING = "tests/mechanism/test_embedding.py"
 FRAME = "tests/frame/test_frame.py"
 ENCODED = "tests/gradients/test_onepass.py::test_encodings_get_the_coordinates_that_they_ask_for"
@@ -477,14 +478,14 @@ MUTANTS = (
         "gradients/batched.py",
         "torch.compiler._is_compiling_flag = _inside > 0",
         "pass",
-        (NOT_COVERED,),
+        (AS_COMPILED,),
     ),
     Mutant(
         "a way for graphs is taken wherever it leads",
         "gradients/onepass.py",
         "                        self._check_way(module, parameters, request)",
         "                        pass",
-        (NOT_COVERED,),
+        (AS_COMPILED,),
     ),
     # sensitivity and the table
     Mutant(
