@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -457,12 +459,25 @@ def test_backward_fills_grad_and_leaves_the_weights() -> None:
     model = network()
     before, gradients = copy_of(model), loop_gradients(model, LOSS, records().tensors)
     running = private(model, plan=full_batch_plan(COUNT, steps=2))
-    for batch in running.batches():
-        running.backward(batch)
+    for batch, expected in zip(running.batches(), (nullcontext(), pytest.warns(match="overwritten")), strict=True):
+        with expected:
+            running.backward(batch)
         for name, update in clipped_mean(gradients).items():
             torch.testing.assert_close(model.get_parameter(name).grad, update)  # overwritten, not added to
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert running.ledger.count == 2
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_backward_and_a_step_after_each_give_no_warning(optimizer: type[Optimizer]) -> None:
+    model = network()
+    owner = optimizer(model.parameters(), lr=0.1)
+    running = private(model, optimizer=owner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in running.batches():
+            running.backward(batch)
+            owner.step()
 
 
 def test_the_model_is_neither_wrapped_nor_renamed() -> None:

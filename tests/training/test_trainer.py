@@ -526,6 +526,24 @@ def test_all_steps_since_the_last_checkpoint_are_lost_and_stay_charged(tmp_path:
     assert Run(tmp_path).verify().mismatches == []
 
 
+def test_steps_before_one_that_cannot_be_charged_are_kept(tmp_path: Path, saved_once: None) -> None:
+    """A record that cannot be read ends the run between two steps: resumed, it gives the weights of one that could."""
+    trainer = build(tmp_path / "failed", optimizer=adam)
+
+    def unreadable(model: nn.Module, batch: Any) -> Tensor:
+        if trainer.private.ledger.count == 4:
+            raise CrashError
+        return LOSS(model, batch)
+
+    trainer.private.runner.loss_fn = unreadable
+    with pytest.raises(CrashError):
+        trainer.fit()
+    end(trainer)
+    resumed = finished(tmp_path / "failed", optimizer=adam, resume=True)
+    assert steps_of(tmp_path / "failed") == {"planned": STEPS, "charged": STEPS, "applied": STEPS}
+    assert same_weights(resumed.model, finished(tmp_path / "whole", optimizer=adam).model)
+
+
 def test_the_cost_of_a_crashed_run_is_that_of_every_charged_step(tmp_path: Path, saved_every_step: None) -> None:
     for number in (1, 2, 3):
         crashed(tmp_path, number, resume=number > 1)

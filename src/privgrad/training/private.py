@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Private:
         self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
+        self._filled_at: list[int] | None = None
         self._iterators = 0
 
     @property
@@ -165,12 +167,23 @@ class Private:
     def backward(self, batch: SampledBatch) -> None:
         """Fill `.grad` with the release, where another loop owns the optimizer. Overwrites; there is nothing to zero.
 
+        Every batch is a whole step of the plan: `optimizer.step()` follows each. Two calls between which the weights did not
+        move are warned about: the first release would be lost, and stays charged.
+
         Raises:
             RefusedError: with mixing, whose release is the weights: the noised gradient alone would cost far more.
         """
         if self.plan.mixing is not None:
             raise RefusedError("backward() would give away the gradient before mixing; use step() with a mixing plan")
+        if self._filled_at == self._versions():
+            warnings.warn(
+                "backward() was called twice, and the weights did not move in between: the first gradient is overwritten, and "
+                "stays charged. Gradients are not added up over batches; call optimizer.step() after each backward(), and take "
+                "larger batches in the plan (memory is no reason against it: the engine goes through a batch in chunks)",
+                stacklevel=2,
+            )
         self._fill(self._release(batch))
+        self._filled_at = self._versions()
 
     @property
     def disclosed(self) -> dict[str, float]:
@@ -267,6 +280,10 @@ class Private:
         update: Mapping[str, Tensor] = release.update or {}
         for name, parameter in self._parameters.items():
             parameter.grad = update[name].to(parameter.dtype)
+
+    def _versions(self) -> list[int]:
+        """How often each weight was written to."""
+        return [parameter._version for parameter in self._parameters.values()]
 
 
 def _seed(source: Source) -> int:

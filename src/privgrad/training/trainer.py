@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,7 @@ class Trainer:
         self._every = max(1, self.plan.steps // max(1, evaluations))
         self._training_metrics = partial(training_metrics, self.plan.disclose, model, loss_fn, dataset, collate_fn)
         self._applied = 0
+        self._whole = -1
         self._metrics = Metrics(self.run.metrics)
         self._average = None if averaging is None else AveragedWeights(model, averaging)
         try:
@@ -159,7 +160,11 @@ class Trainer:
             if self._complete:
                 return self._earlier()
             with stop_requests() as stop:
-                self._loop(bar, stop)
+                try:
+                    self._loop(bar, stop)
+                except Exception:
+                    self._save_whole_steps()
+                    raise
             if self._metrics.last < ledger.count:
                 self._measure()  # a crash took the last look, or the last step itself
             self._save()
@@ -175,6 +180,7 @@ class Trainer:
         ledger = self.private.ledger
         saving, telling = Ration(_CHECKPOINT_SHARE), Ration(_EPSILON_SHARE)
         epsilon = measured = ""
+        self._whole = ledger.count
         for batch in self.private.batches():
             self.private.step(batch)
             self._applied += 1
@@ -188,6 +194,7 @@ class Trainer:
                     epsilon = f"epsilon {round_up(ledger.record.spent(Precision.COARSE), 2)} at step {ledger.count}"
             if look:
                 measured = self._measure()
+            self._whole = ledger.count
             bar.step(ledger.count, "  ".join(filter(None, (epsilon, measured))))
             if stop.is_set() or saving.due:
                 with saving.turn():
@@ -279,6 +286,15 @@ class Trainer:
                 "applied": self._applied,
             },
         )
+
+    def _save_whole_steps(self) -> None:
+        """Where a run fails between two steps (a record that cannot be read), keep those since the last checkpoint.
+
+        One that fails within a step, after its charge, may have moved some of the weights: the last checkpoint stays then.
+        """
+        if self.private.ledger.count == self._whole:
+            with suppress(Exception):  # of two errors, the first one is told
+                self._save()
 
     def _restore(self) -> None:
         saved = load_tree(self.run.checkpoint)
