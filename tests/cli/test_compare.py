@@ -120,6 +120,8 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(plans: Pa
     assert "holds no configuration" in refusal("compare", empty, "--out", out)
     assert "cannot be read" in refusal("compare", tmp_path / "none.toml", "--out", out)
     assert "two configurations are called 'fast'" in refusal("compare", plans, plans / "fast.toml", "--out", out)
+    (tmp_path / "results.csv.toml").write_text(BASE)
+    assert "rename results.csv.toml" in refusal("compare", tmp_path / "results.csv.toml", "--out", out)
     assert "no comparison to resume" in refusal("compare", plans, "--resume", "--out", out)
     assert "--seeds" in refusal("compare", plans, "--seeds", "0", "--out", out)
     assert "--epsilon" in refusal("compare", plans, "--epsilon", "nan", "--out", out)

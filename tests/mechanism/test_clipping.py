@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import privgrad as pg
 from privgrad.gradients.contract import Engine, Fold
 from privgrad.gradients.onepass import OnePassEngine
 from privgrad.gradients.precision import check_precision, exact_convolutions
+from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
 from tests.helpers import as_vector, full_batch_plan, runner
@@ -50,6 +52,37 @@ def test_a_unit_with_one_norm_that_is_not_finite_contributes_nothing(bad: float)
     norms = torch.tensor([[bad, 0.5], [2.0, 0.5]], dtype=torch.float64)
     assert rule(norms, [0, 1]).tolist() == [[0.0, 0.0], [0.5, 1.0]]
     assert sums.tolist() == [2.0, 0.5]
+
+
+@pytest.mark.parametrize("engine", [OnePassEngine, VmapEngine, StreamedEngine])
+@pytest.mark.parametrize("max_norm", [1e-16, 1e-3])
+def test_contributions_of_any_size_are_clipped_with_all_their_digits(max_norm: float, engine: type[Engine]) -> None:
+    """Inputs and output gradients from 1e-38 to 1e38, each the other's partner."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1, bias=False)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) * batch[1]).squeeze(1)
+
+    plan = dataclasses.replace(full_batch_plan(1, steps=1), clipping=pg.FlatClipping(max_norm=max_norm))
+    step = runner(plan, model, loss, engine=engine())
+    reached = 0
+    for _ in range(200):
+        batch = tuple(10 ** torch.empty(2, 1, 1, dtype=torch.float64).uniform_(-38, 38))
+        (value,) = step.clipped_sum(tuple(part.float() for part in batch), Fold.identity(1)).values.values()
+        assert abs(float(value)) <= max_norm * (1 + 1e-6)
+        reached += abs(float(value)) > 0.99 * max_norm
+    assert reached > 20
+
+
+def test_a_norm_too_small_to_be_clipped_to_is_refused() -> None:
+    """Rounding made contributions of 1.8 C at C = 1e-39, and of 1.003 C at 1e-25."""
+    plan = dataclasses.replace(full_batch_plan(4, steps=1), clipping=pg.FlatClipping(max_norm=1e-17))
+    model = nn.Linear(3, 2)
+    step = runner(plan, model, LOSS)
+    with pytest.raises(pg.PrivgradError, match=r"clipping norm is 1e-17.* larger clipping\.max_norm"):
+        step.release((torch.randn(4, 3), torch.tensor([0, 1, 0, 1])), Fold.identity(4))
+    assert step.ledger.count == 0
 
 
 @pytest.mark.parametrize("p", [1.0, 4.0, 1000.0])

@@ -162,6 +162,13 @@ MUTANTS = (
         (f"{AUDIT}::test_audit_is_below_the_claim_and_tight",),
     ),
     Mutant(
+        "clipping norms below what single precision can divide by a gradient's",
+        "mechanism/step.py",
+        "_SMALLEST_NORM = 1e-16",
+        "_SMALLEST_NORM = 1e-45",
+        (CLIPPING,),
+    ),
+    Mutant(
         "a clipping stage may answer in any shape",
         "mechanism/clipping.py",
         "or answer.shape != norms.shape:",

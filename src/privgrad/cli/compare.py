@@ -28,6 +28,9 @@ from privgrad.privacy.ledger import read_ledger
 from privgrad.report.comparison import Cell, Row, rows_of, to_csv, to_svg
 from privgrad.training.run import Run
 
+_FILES = ("comparison.json", "results.csv", "results.json", "results.svg")
+"""What stands beside the plans' directories."""
+
 
 def compare(
     configs: Annotated[list[Path], typer.Argument(help="Configuration files, or a directory of them.")],
@@ -68,6 +71,11 @@ def _files(paths: list[Path]) -> list[Path]:
         else:
             found.append(path)
     names = [path.stem for path in found]
+    taken = sorted({*names} & {*_FILES})
+    if taken:
+        raise PrivgradError(
+            f"a plan is called like its file, and {taken[0]!r} is a file of every comparison; rename {taken[0]}.toml"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PrivgradError(

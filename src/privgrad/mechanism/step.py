@@ -47,6 +47,9 @@ from privgrad.privacy.sensitivity import Bound
 _STAGES = ("groups", "compression", "clipping", "thresholds", "noise", "mixing", "statistics")
 _SIDE_SLOT = "thresholds/side"
 _STATISTICS_SLOT = "statistics/side"
+_SMALLEST_NORM = 1e-16
+"""Single precision squares numbers up to 1.8e19 (a unit beyond contributes nothing). C over such a number keeps all its digits
+from C = 3e-19 on; below, rounding made contributions of up to 1.8 C."""
 
 Reduce = Callable[[Tensor], None]
 """Sums a tensor over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
@@ -165,6 +168,12 @@ class StepRunner:
         thresholds = torch.tensor([block.max_norm for block in blocks], dtype=torch.float64)
         if plan.thresholds is not None:
             thresholds = plan.thresholds.values(self.states["thresholds"], thresholds)
+        if (thresholds < _SMALLEST_NORM).any():
+            raise PrivgradError(
+                f"a clipping norm is {float(thresholds.min()):g}, and gradients are numbers of single precision, which cannot be "
+                f"clipped to less than {_SMALLEST_NORM:g}; take a larger clipping.max_norm and, for the same steps, a learning "
+                "rate that is smaller by the same factor"
+            )
         parts = [
             Part(block.name, block.slots, Bound.ball(float(threshold)))
             for block, threshold in zip(blocks, thresholds, strict=True)
