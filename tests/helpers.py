@@ -36,9 +36,11 @@ def runner(
     engine: Engine | None = None,
     public: object = None,
     reduce: Reduce | None = None,
+    apart: bool = False,
 ) -> StepRunner:
-    """A step runner with an in-memory ledger."""
-    return StepRunner(plan, model, loss_fn, engine or OnePassEngine(), Ledger(plan.terms()), public, reduce)
+    """A step runner with an in-memory ledger. apart: of groups, that rows are known not to see one another."""
+    ledger = Ledger(plan.terms())
+    return StepRunner(plan, model, loss_fn, engine or OnePassEngine(), ledger, public, reduce, apart=lambda: apart)
 
 
 def as_vector(sums: Sums | ClippedSum) -> Tensor:

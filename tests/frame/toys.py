@@ -151,7 +151,7 @@ class ToyGroups(Stage):
         chosen = source.integers(fold.units, self.count)
         return Fold(chosen[fold.index], self.count)
 
-    def engine(self, apart: object) -> StreamedGroups:
+    def engine(self, apart: object, rows: float | None) -> StreamedGroups:
         return StreamedGroups()
 
     words: ClassVar[str] = "toy groups"

@@ -55,8 +55,8 @@ def asked_once(rule: Recording) -> bool:
 def test_one_pass_gives_what_group_by_group_gives(tensors: bool, scaled: bool) -> None:
     model, inputs = linear(), torch.randn(11, 5, dtype=torch.float64)
     scale = torch.rand(11, dtype=torch.float64) + 0.1 if scaled else None
-    found, rule = run(MeanEngine(lambda: True), model, inputs, scale=scale, tensors=tensors)
-    expected, _ = run(MeanEngine(lambda: False), model, inputs, scale=scale, tensors=tensors)
+    found, rule = run(MeanEngine(lambda: True, 2), model, inputs, scale=scale, tensors=tensors)
+    expected, _ = run(MeanEngine(lambda: False, 2), model, inputs, scale=scale, tensors=tensors)
     assert asked_once(rule)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
@@ -81,8 +81,8 @@ def test_groups_that_differ_much_in_size_are_still_right() -> None:
     """Padding them all to the largest would take more than it saves."""
     model, inputs = linear(), torch.randn(40, 5, dtype=torch.float64)
     index = torch.tensor([0] * 36 + [1, 2, 2, 2])
-    found, _ = run(MeanEngine(lambda: True), model, inputs, index=index)
-    expected, _ = run(MeanEngine(lambda: False), model, inputs, index=index)
+    found, _ = run(MeanEngine(lambda: True, 2), model, inputs, index=index)
+    expected, _ = run(MeanEngine(lambda: False, 2), model, inputs, index=index)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -91,14 +91,14 @@ def test_what_would_be_multiplied_out_goes_group_by_group() -> None:
     model = nn.Sequential(
         nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 8, 3), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 3)
     )
-    _, rule = run(MeanEngine(lambda: True), model.double(), torch.randn(11, 36, dtype=torch.float64))
+    _, rule = run(MeanEngine(lambda: True, 2), model.double(), torch.randn(11, 36, dtype=torch.float64))
     assert not asked_once(rule)
 
 
 def test_rows_that_see_one_another_go_group_by_group() -> None:
     """The answer is asked for at every step: train and eval modes may change."""
     model = nn.Sequential(nn.Linear(5, 40), nn.BatchNorm1d(40), nn.Linear(40, 40), nn.Linear(40, 3)).double()
-    engine = MeanEngine(lambda: not model.training)
+    engine = MeanEngine(lambda: not model.training, 2)
     inputs = torch.randn(11, 5, dtype=torch.float64)
     model.eval()
     _, rule = run(engine, model, inputs)
@@ -112,7 +112,7 @@ def test_rows_that_see_one_another_go_group_by_group() -> None:
 
 def test_masks_that_come_later_are_weighed_anew() -> None:
     """A product of several rows is multiplied out where only some coordinates count: then one pass is not worth it."""
-    model, engine = linear(), MeanEngine(lambda: True)
+    model, engine = linear(), MeanEngine(lambda: True, 2)
     _, whole = run(engine, model, torch.randn(11, 5, dtype=torch.float64))
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
     encoding = Kept(shapes, {name: torch.arange(shape.numel() // 2) for name, shape in shapes.items()}, by_rows=False)

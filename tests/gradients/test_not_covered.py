@@ -48,6 +48,13 @@ def test_a_rule_for_an_own_operator_in_five_lines() -> None:
     assert torch.Size([5, 1, 4, 6]) in calls
 
 
+def test_a_rule_that_answers_in_another_shape_is_refused() -> None:
+    engine = OnePassEngine(rules={scaled: per_row(scaled, lambda gradient, x, scale: [gradient.flatten(1).sum(1)])})
+    model = Around(lambda m, x: scaled(m.before(x), m.scale), before=nn.Linear(6, 6), scale=(6,))
+    with pytest.raises(pg.PrivgradError, match=r"scaled answers .* shape \(1,\); expected \(1, 6\)"):
+        accumulate(engine, model, squares, (torch.randn(5, 6),), Recording(torch.ones(5, 1)))
+
+
 class Plain(torch.autograd.Function):
     """Written before torch.func: vmap cannot run it, and its use of a parameter is out of the engine's sight."""
 

@@ -314,6 +314,29 @@ def test_norms_of_many_equal_numbers_are_not_too_small(count: int) -> None:
         assert exact <= float(norms_of(numbers)) <= exact * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("count", [64, 1000, 65_536])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_order_of_squares_makes_a_norm_too_small(count: int, rows: int) -> None:
+    """Squares that are half of what is seen next to the first one are lost one by one, wherever they are in memory."""
+    numbers = torch.full((rows, count), 0.999 * 2.0**-12)
+    numbers[:, 0] = 1.0
+    for layout in (numbers, numbers.T.contiguous().T):
+        assert bool((norms_of(layout).double() >= layout.double().norm(dim=1)).all())
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_record_of_many_tokens_is_no_longer_than_its_bound(same: bool) -> None:
+    """Added up in single precision, 65,536 look-ups of one token came to 1.007 C, of different ones to 1.002 C."""
+    count = 65_536
+    parts = torch.full((1, count, 1), 2.0**-24 if same else 0.999 * 2.0**-12)
+    parts[:, 0] = 1.0
+    index = torch.zeros(1, count, dtype=torch.int64) if same else torch.arange(count)[None]
+    term = Lookup(index, parts, count)
+    exact = term.dense().double().norm() if not same else parts.double().sum()
+    assert float(term.squares().sqrt().double()) >= float(exact)
+    assert float(term.weighted_sum(1 / term.squares().sqrt(), None).double().norm()) <= 1 + 1e-6
+
+
 def test_norms_of_nothing_are_zero() -> None:
     assert norms_of(torch.ones(3, 0)).tolist() == [0, 0, 0]
     assert norms_of(torch.ones(0, 5)).tolist() == []

@@ -42,6 +42,12 @@ def test_a_sum_is_nobody_elses_memory() -> None:
     assert held is sums.values["weight"]
 
 
+def test_a_sum_of_another_shape_is_not_broadcast() -> None:
+    """It was clipped as the vector that it is, and would be as long as many."""
+    with pytest.raises(pg.PrivgradError, match=r"a sum of shape \(1,\) for 'bias'; expected \(3,\)"):
+        make().add("bias", torch.ones(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_values_and_products_add_up_in_any_order_and_layout(order: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -273,6 +273,8 @@ def test_epsilon_is_unchanged_by_the_basis(
     assert dataclasses.replace(plan, compression=embedding).event() == plan.event()
 
 
+Z = 0.4
+"""Of the audits: a mu of 2.5 is shown from few trials."""
 PUBLIC = (torch.eye(8)[:2] + 1e-3 * torch.eye(8)[:2].flip(0),)
 """Their gradients span the first two axes."""
 
@@ -288,12 +290,13 @@ def attacked(plan: Plan, embedding: float, residual: float) -> object:
     middle = (embedding**2 / (within**2 + left**2) + residual**2 / left**2) / 2
     others = torch.randn(3, 8) * (axes[1] + axes[4:].sum(0))
     inside = torch.cat([1e4 * (axes[0] + axes[2])[None], others])
-    return audit_step(plan, inside, others, direction, middle, public=PUBLIC, trials=4000)
+    return audit_step(plan, inside, others, direction, middle, public=PUBLIC, trials=1000)
 
 
 def test_the_joint_attack_stays_below_the_claim_and_comes_near_it() -> None:
     torch.set_num_threads(1)
-    found = attacked(poisson_plan(clipping=two_parts(1.0, 0.2)), 1.0, 0.2)
+    noise = pg.GaussianNoise(multiplier=Z, allocation="per_layer")
+    found = attacked(poisson_plan(clipping=two_parts(1.0, 0.2), noise=noise), 1.0, 0.2)
     assert found.holds  # type: ignore[attr-defined]
     assert found.mu_lower_95 >= 0.8 * found.mu_claimed  # type: ignore[attr-defined]
 
@@ -301,8 +304,8 @@ def test_the_joint_attack_stays_below_the_claim_and_comes_near_it() -> None:
 def test_two_prices_for_one_are_found() -> None:
     """Noise for z on each of the two, charged as if there were one: what forgetting the other part would be."""
     torch.set_num_threads(1)
-    weak = poisson_plan(noise=pg.GaussianNoise(multiplier=1 / math.sqrt(2), allocation="per_layer"))
-    assert attacked(weak, 1.0, 0.2).mu_lower > 1.0  # type: ignore[attr-defined]
+    weak = poisson_plan(noise=pg.GaussianNoise(multiplier=Z / math.sqrt(2), allocation="per_layer"))
+    assert attacked(weak, 1.0, 0.2).mu_lower > 1 / Z  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -441,6 +444,7 @@ def test_the_attack_on_joined_units_stays_below_the_claim_and_comes_near_it() ->
     plan = poisson_plan(
         compression=pg.GradientEmbedding(rank=2, anchors=4, joined=True),
         clipping=pg.LayerwiseClipping(max_norm=(0.6, 0.8), blocks=TWO, p=2.0),
+        noise=pg.GaussianNoise(multiplier=Z, allocation="per_layer"),
     )
     axes = torch.eye(8)
     canary = torch.zeros(1, 8)
@@ -449,10 +453,10 @@ def test_the_attack_on_joined_units_stays_below_the_claim_and_comes_near_it() ->
     direction = (moved[0] * axes[0] + moved[1] * axes[2]) / moved.norm()
     others = torch.zeros(3, 8)
     found = audit_step(
-        plan, torch.cat([canary, others]), others, direction, float(moved.norm()) / 2, public=PUBLIC, trials=10_000
+        plan, torch.cat([canary, others]), others, direction, float(moved.norm()) / 2, public=PUBLIC, trials=3000
     )
     assert found.holds
-    assert found.mu_lower_95 >= 0.8
+    assert found.mu_lower_95 >= 0.8 * found.mu_claimed
 
 
 @pytest.mark.parametrize("grouped", [False, True])

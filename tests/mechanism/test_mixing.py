@@ -219,7 +219,7 @@ def test_the_width_is_calibrated_to_the_smallest_that_keeps_epsilon(target: floa
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=4)
 @given(st.floats(0.01, 2.0), st.integers(2, 50))
 def test_epsilon_falls_from_a_width_to_its_multiples(ratio: float, times: int) -> None:
     """Up to what the accountant says that it may overstate."""

@@ -221,7 +221,7 @@ def test_impossible_numbers_of_the_other_samplers_are_refused(make: object, says
         (FixedSizeSampling(batch_size=2), "gives away"),
         (ShuffledBatches(batch_size=2), "shifts"),
         (FullBatch(), "divisor"),
-        (TruncatedPoissonSampling(expected_batch_size=2, max_batch_size=4), "not known"),
+        (TruncatedPoissonSampling(expected_batch_size=2, max_batch_size=4), "cut off"),
     ],
     ids=lambda value: getattr(value, "kind", "says"),
 )
@@ -230,9 +230,9 @@ def test_add_remove_keeps_the_number_of_units_private_from_every_sampler(samplin
         pg.Plan(sampling=sampling, steps=1, adjacency=pg.Adjacency.ADD_REMOVE).for_dataset(10)  # type: ignore[arg-type]
 
 
-def test_truncation_under_add_remove_rests_on_a_stated_upper_bound() -> None:
-    sampling = TruncatedPoissonSampling(rate=0.5, divisor=5.0, dataset_size=20, max_batch_size=8)
-    plan = pg.Plan(sampling=sampling, steps=1, adjacency=pg.Adjacency.ADD_REMOVE)
-    assert plan.for_dataset(7).sampling == sampling
-    with pytest.raises(pg.PrivgradError, match="upper bound"):
-        plan.for_dataset(21)
+@pytest.mark.parametrize("stated", [100, 1_000_000])
+def test_truncation_under_add_remove_is_refused(stated: int) -> None:
+    """Of 100 records nothing is ever cut off: plain Poisson. Accounted as of a million, it would seem hardly sampled."""
+    sampling = TruncatedPoissonSampling(rate=0.5, divisor=50.0, dataset_size=stated, max_batch_size=100)
+    with pytest.raises(pg.RefusedError, match="the number of records, which is private"):
+        pg.Plan(sampling=sampling, steps=1, noise=pg.GaussianNoise(2.0), adjacency=pg.Adjacency.ADD_REMOVE).epsilon()

@@ -264,14 +264,14 @@ def test_the_audit_is_below_the_claim_and_tight(structure: str) -> None:
         steps=1,
         compression=pg.RandomSparsification(0.75, ramp=False, structure=structure),
         clipping=pg.FlatClipping(max_norm=0.7),
-        noise=pg.GaussianNoise(multiplier=1.0),
+        noise=pg.GaussianNoise(multiplier=0.4),
     )
     others = torch.zeros(2, dimension)
     inside = torch.cat([1e3 * torch.ones(1, dimension), others])
     direction = torch.full((dimension,), 1 / math.sqrt(kept))
-    found = audit_step(plan, inside, others, direction, 0.35, trials=4000)
+    found = audit_step(plan, inside, others, direction, 0.35, trials=1000)
     assert found.holds
-    assert found.mu_lower_95 >= 0.8
+    assert found.mu_lower_95 >= 0.8 * found.mu_claimed
 
 
 @pytest.mark.parametrize(

@@ -9,51 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from tests.mutants.catalogue import MUTANTS, Mutant
-
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 300
-
-
-def apply(mutant: Mutant, source: Path) -> None:
-    """Edit the copy. The text to replace must occur exactly once: a mutant that no longer applies is an error, not a kill."""
-    path = source / "privgrad" / mutant.file
-    text = path.read_text()
-    if text.count(mutant.before) != 1:
-        raise SystemExit(
-            f"mutant {mutant.name!r} no longer applies: {mutant.file} holds its text {text.count(mutant.before)} times"
-        )
-    path.write_text(text.replace(mutant.before, mutant.after))
-
-
-def run(tests: tuple[str, ...], source: Path, timeout: int = TIMEOUT) -> bool:
-    """True where the tests fail, or do not end."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return True
-    if done.returncode not in (0, 1):
-        # Not red but broken: nothing was collected, or pytest itself fell over.
-        raise SystemExit(f"pytest ended with {done.returncode} on {tests}:\n{done.stdout.decode()[-2000:]}")
-    return done.returncode == 1
-
-
-def killed(mutant: Mutant) -> bool:
-    """Whether the suite finds one mutant."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "src"
-        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        apply(mutant, source)
-        return run(mutant.tests, source)
+from tests.mutants.catalogue import MUTANTS
+from tests.mutants.runner import ROOT, TIMEOUT, killed, run
 
 
 def main() -> int:
@@ -69,6 +29,7 @@ def main() -> int:
     chosen = [mutant for mutant in MUTANTS if not arguments.only or arguments.only in mutant.name]
     if not chosen:
         raise SystemExit(f"no mutant's name contains {arguments.only!r}")
+    os.environ["OMP_NUM_THREADS"] = "1"
     if not arguments.skip_baseline:
         needed = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
         print(f"{len(chosen)} mutants; first the same tests without any", file=sys.stderr, flush=True)
@@ -77,9 +38,9 @@ def main() -> int:
 
     survivors: list[str] = []
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for number, (mutant, dead) in enumerate(zip(chosen, pool.map(killed, chosen), strict=True), start=1):
+        for number, (mutant, (dead, seconds)) in enumerate(zip(chosen, pool.map(killed, chosen), strict=True), start=1):
             print(
-                f"{number}/{len(chosen)} {'killed  ' if dead else 'SURVIVED'} {mutant.name}",
+                f"{number}/{len(chosen)} {'killed  ' if dead else 'SURVIVED'} {seconds:4.0f} s {mutant.name}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -30,6 +30,7 @@ UNCOVERED = "tests/gradients/test_not_covered.py::test_what_is_not_covered_falls
 VIEWS = "tests/training/test_views.py"
 VMAP = "tests/gradients/test_vmap.py"
 SUMS = "tests/gradients/test_sums.py"
+CHOICE = "tests/gradients/test_choice.py"
 CLIPPING = "tests/mechanism/test_clipping.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
@@ -363,16 +364,44 @@ MUTANTS = (
     Mutant(
         "many squares are added up in order",
         "gradients/norms.py",
-        "    if count <= SLICE:",
+        "    if count <= _SLICE:",
         "    if True:",
         (f"{ONEPASS}::test_norms_of_many_equal_numbers_are_not_too_small",),
     ),
     Mutant(
         "norms are rounded to the nearest",
         "gradients/norms.py",
-        "_ADDED = 16.0",
+        "_ADDED = _SLICE / 4 + 4",
         "_ADDED = 0.0",
         (f"{ONEPASS}::test_norms_of_many_equal_numbers_are_not_too_small",),
+    ),
+    Mutant(
+        "squares that others hide are not counted",
+        "gradients/norms.py",
+        "_ADDED = _SLICE / 4 + 4",
+        "_ADDED = 4",
+        (f"{ONEPASS}::test_no_order_of_squares_makes_a_norm_too_small",),
+    ),
+    Mutant(
+        "look-ups are added up in order in single precision",
+        "gradients/terms.py",
+        "return total.index_add_(0, places.flatten(), rows.flatten(0, -2).double())",
+        "return total.float().index_add_(0, places.flatten(), rows.flatten(0, -2)).double()",
+        (f"{ONEPASS}::test_a_record_of_many_tokens_is_no_longer_than_its_bound",),
+    ),
+    Mutant(
+        "a sum of another shape is broadcast",
+        "gradients/contract.py",
+        "        if value.shape != self._shapes[slot]:",
+        "        if False:",
+        (SUMS,),
+    ),
+    Mutant(
+        "an own rule may answer in any shape",
+        "gradients/rules/__init__.py",
+        "                    if gradient.shape != expected:",
+        "                    if False:",
+        (NOT_COVERED,),
     ),
     Mutant(
         "Gram norms do not count what squares hide",
@@ -494,6 +523,41 @@ MUTANTS = (
         "                        pass",
         (AS_COMPILED,),
     ),
+    Mutant(
+        "the first row chooses the way of all others",
+        "gradients/onepass.py",
+        "for made_up in made_up_rows(request):",
+        "for made_up in [request]:",
+        (CHOICE,),
+    ),
+    Mutant(
+        "vmap misses what is used outside of its module",
+        "gradients/vmap.py",
+        "    left = uncovered(losses, originals)",
+        "    left = None",
+        (CHOICE,),
+    ),
+    Mutant(
+        "hooks of modules and parameters are passed by",
+        "gradients/onepass.py",
+        "        hook = hooked(module, parameters)",
+        "        hook = None",
+        (CHOICE,),
+    ),
+    Mutant(
+        "a tensor that has a gradient says that it has none",
+        "gradients/catching.py",
+        "        if func == _REQUIRES_GRAD and is_batched(args[0]):",
+        "        if False:",
+        (CHOICE,),
+    ),
+    Mutant(
+        "the size of the batch decides how groups are computed",
+        "gradients/grouped.py",
+        "average, rows = max(1, round(self._rows)), 1",
+        "average, rows = max(1, round(len(request.fold.index) / request.fold.units)), 1",
+        (CHOICE,),
+    ),
     # sensitivity and the table
     Mutant(
         "groups are charged C instead of 2C",
@@ -601,6 +665,28 @@ MUTANTS = (
         "                sampled.dataset_size, sampled.rate, sampled.batch_size, multiplier\n",
         "                1, sampled.rate, 1, multiplier\n",
         (TABLE,),
+    ),
+    Mutant(
+        "truncation is accounted for a stated number of records that is not theirs",
+        "privacy/events.py",
+        "    (Sampler.TRUNCATED_POISSON, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD,)),\n",
+        "    (Sampler.TRUNCATED_POISSON, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD,)),\n"
+        "    (Sampler.TRUNCATED_POISSON, Adjacency.ADD_REMOVE): (NeighboringRelation.ADD_OR_REMOVE_ONE, (_PLD,)),\n",
+        (SAMPLING,),
+    ),
+    Mutant(
+        "a batch is charged as another step than it was drawn for",
+        "training/private.py",
+        "        if not batch.used and self.ledger.count + 1 != self._pending_step:",
+        "        if False:",
+        (PRIVATE,),
+    ),
+    Mutant(
+        "a certificate may be a little below its ledger",
+        "training/run.py",
+        "now * (1 - _BELOW) <= then",
+        "now * (1 - _ABOVE) <= then",
+        (VERIFY,),
     ),
     Mutant(
         "a truncated batch keeps its first records",
@@ -1246,8 +1332,8 @@ MUTANTS = (
     Mutant(
         "the calibrated width is one too narrow",
         "privacy/calibration.py",
-        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return high",
-        "low, high = (low, middle) if spent(middle) <= target else (middle, high)\n    return low",
+        "    return min(_smallest(lambda width: width >= high",
+        "    return min(0.999 * _smallest(lambda width: width >= high",
         (MIXING,),
     ),
     # embedding

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from tests.mutants.__main__ import ROOT
 from tests.mutants.catalogue import MUTANTS, Mutant
+from tests.mutants.runner import ROOT
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -70,7 +70,7 @@ TABLE = {
     ("full_batch", "replace_one", "rdp", INDIVIDUAL): (SPECIAL, 0.5),
     ("full_batch", "replace_one", "rdp", GROUPED): (SPECIAL, 1.0),
     **{("truncated_poisson", "zero_out", "pld", grouped): (SPECIAL, 1.0) for grouped in (INDIVIDUAL, GROUPED)},
-    **{("truncated_poisson", "add_remove", "pld", grouped): (ADD_REMOVE, 1.0) for grouped in (INDIVIDUAL, GROUPED)},
+    **{("truncated_poisson", "add_remove", "pld", grouped): REFUSED for grouped in (INDIVIDUAL, GROUPED)},
     **{("truncated_poisson", "zero_out", "rdp", grouped): REFUSED for grouped in (INDIVIDUAL, GROUPED)},
     **{("truncated_poisson", "add_remove", "rdp", grouped): REFUSED for grouped in (INDIVIDUAL, GROUPED)},
     **{

@@ -341,6 +341,17 @@ def test_a_batch_is_good_for_one_step() -> None:
     assert running.ledger.count == 1
 
 
+def test_two_trainings_do_not_share_a_ledger() -> None:
+    """What a step is charged as goes by its number, and so does whom it drew: both would draw the records of step 1."""
+    ledger = pg.Ledger(plan().for_dataset(COUNT).terms())
+    one, other = (private(ledger=ledger) for _ in range(2))
+    first, second = next(one.batches()), next(other.batches())
+    one.step(first)
+    with pytest.raises(pg.PrivgradError, match="drawn for step 1, and the ledger is at step 2"):
+        other.step(second)
+    assert ledger.count == 1
+
+
 def test_a_skipped_batch_is_refused() -> None:
     running = private()
     batches = running.batches()

@@ -306,7 +306,7 @@ def test_forging_without_a_change_passes(finished: Path, capsys: pytest.CaptureF
     "change",
     [
         lambda c: c.update(epsilon=c["epsilon"] * 0.9),
-        lambda c: c.update(epsilon=c["epsilon"] * (1 - 1e-5)),
+        lambda c: c.update(epsilon=c["epsilon"] * (1 - 1e-7)),
         lambda c: c.update(delta=1e-9),
         lambda c: c["adjacency"].update(name="replace_one"),
         lambda c: c["accounting"].update(accountant="rdp"),

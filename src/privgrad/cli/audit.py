@@ -163,7 +163,7 @@ def _step(subject: Subject, trials: int | None, confidence: float) -> Finding:
         delta, more = plan.delta, {"mu_claimed": found.mu_claimed, "mu_lower": found.mu_lower}
     words = (
         f"one step (every record in it): an attack shows epsilon = {_down(found.epsilon_lower)} of the claimed "
-        f"{round_up(found.epsilon_claimed, 3)} at delta = {delta:g} "
+        f"{round_up(found.epsilon_claimed, 3)} at delta = {delta!r} "
         f"({found.trials:,} trials in each world, {100 * confidence:.6g} % sure)"
     )
     picture = Picture(
@@ -199,7 +199,7 @@ def _one_run(subject: Subject, trials: int | None, confidence: float) -> Finding
     assert claimed is not None
     words = (
         f"one whole training: {found.canaries:,} canaries show epsilon = {_down(found.best)} of the claimed "
-        f"{round_up(claimed, 3)} at delta = {found.delta:g} "
+        f"{round_up(claimed, 3)} at delta = {found.delta!r} "
         f"({found.correct} of {found.guesses} guesses right, {100 * confidence:.6g} % sure)"
     )
     more = {
@@ -241,7 +241,7 @@ def _membership(subject: Subject, trials: int | None, confidence: float) -> Find
     words = (
         f"membership by loss: AUC {found.auc:.3f}, "
         + ", ".join(f"{tpr:.2%} found at {rate:.1%} false alarms" for rate, tpr in found.tpr.items())
-        + f"; it shows epsilon = {_down(found.epsilon_lower)} of {round_up(verified.epsilon, 3)} at delta = {found.delta:g} "
+        + f"; it shows epsilon = {_down(found.epsilon_lower)} of {round_up(verified.epsilon, 3)} at delta = {found.delta!r} "
         f"({found.trials:,} records, {100 * confidence:.6g} % sure)"
     )
     more = {

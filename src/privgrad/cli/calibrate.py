@@ -67,4 +67,4 @@ def calibrate(
         found = f"noise multiplier = {round_up(plan.noise.multiplier or 0.0, 6)}"
         if by_width and plan.mixing is not None:
             found = f"width ratio = {round_up(float(plan.mixing.width_ratio), 6)}"
-        print(f"{found} (epsilon = {round_up(plan.epsilon(), 4)} at delta = {plan.delta:g})")
+        print(f"{found} (epsilon = {round_up(plan.epsilon(), 4)} at delta = {plan.delta!r})")

@@ -207,12 +207,13 @@ def _write(directory: Path, rows: list[Row], cells: list[Cell]) -> None:
     write_atomically(directory / "results.json", json.dumps(plain([asdict(row) for row in rows]), indent=2) + "\n")
     if any(row.mean is not None for row in rows):
         budget = max(row.epsilon for row in rows)
-        title = f"{directory.name}: δ = {rows[0].delta:g}, ε at most {round_up(budget, 2)}"
+        delta = f"δ = {rows[0].delta!r}" if len({row.delta for row in rows}) == 1 else "each plan at its own δ"
+        title = f"{directory.name}: {delta}, ε at most {round_up(budget, 2)}"
         write_atomically(directory / "results.svg", to_svg(rows, cells, title))
 
 
 def _show(rows: list[Row], trainings: int, directory: Path) -> None:
-    table = Table("plan", "mean", "spread", "seeds", "epsilon", "steps", "seconds")
+    table = Table("plan", "mean", "spread", "seeds", "epsilon", "delta", "steps", "seconds")
     for row in sorted(rows, key=lambda row: -(row.mean or 0.0)):
         table.add_row(
             row.plan,
@@ -220,6 +221,7 @@ def _show(rows: list[Row], trainings: int, directory: Path) -> None:
             _percent(row.spread),
             str(row.seeds),
             round_up(row.epsilon, 3),
+            repr(row.delta),
             str(row.steps),
             "" if row.seconds is None else f"{row.seconds:.0f}",
         )

@@ -63,5 +63,5 @@ def epsilon(
         )
     else:
         print(
-            f"epsilon = {round_up(spent, 3)} at delta = {plan.delta:g} ({plan.steps} steps, {plan.accountant}, {plan.adjacency})"
+            f"epsilon = {round_up(spent, 3)} at delta = {plan.delta!r} ({plan.steps} steps, {plan.accountant}, {plan.adjacency})"
         )

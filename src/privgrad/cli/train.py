@@ -194,7 +194,7 @@ def _warn(plan: Plan, size: int) -> None:
         size = max(1, round(normaliser / probability))
     if plan.delta >= 1 / size:
         print(
-            f"privgrad: warning: delta = {plan.delta:g} is not below 1/n = {1 / size:.2g}: a mechanism that publishes one record "
+            f"privgrad: warning: delta = {plan.delta!r} is not below 1/n = {1 / size:.2g}: a mechanism that publishes one record "
             "at random would pass; choose a smaller delta",
             file=sys.stderr,
         )
@@ -202,6 +202,6 @@ def _warn(plan: Plan, size: int) -> None:
 
 def _tell(result: Result) -> None:
     accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.1%}"
-    print(f"epsilon = {round_up(result.epsilon, 3)} at delta = {result.delta:g}{accuracy}")
+    print(f"epsilon = {round_up(result.epsilon, 3)} at delta = {result.delta!r}{accuracy}")
     print(f"certificate: {result.run / 'certificate.html'}")
     print(f"check it:    {command()} verify {result.run}")

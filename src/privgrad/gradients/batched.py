@@ -54,6 +54,12 @@ def is_batched(value: object) -> bool:
     return isinstance(value, Tensor) and functorch.is_batchedtensor(value)
 
 
+def unbatched(value: Tensor) -> Tensor:
+    """What a tensor with rows is, one transform further out; where its rows are, is not said."""
+    plain: Tensor = functorch.get_unwrapped(value)
+    return plain
+
+
 def any_batched(values: Iterable[Any]) -> bool:
     """Whether there is a tensor with rows among values, lists of them included."""
     for value in values:

@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from privgrad.gradients.batched import NotCoveredError, any_batched, level, on_rows
+from privgrad.gradients.batched import NotCoveredError, any_batched, is_batched, level, on_rows, unbatched
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.norms import wide
 from privgrad.gradients.terms import Rows, Term
 
 Rule = Callable[..., Any]
 """rule(scope, *args, **kwargs) with an operator's own arguments: its output, or NotImplemented for copies per row."""
+
+_HOOKS = frozenset((Tensor.register_hook, Tensor.retain_grad))
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 Terms = Callable[..., Iterable[tuple[Weight, Term]]]
 """terms(output gradient, *saved): each weight's term, of rows."""
@@ -139,6 +142,11 @@ class Catching(TorchFunctionMode):
         self._always = always
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _HOOKS:
+            raise NotCoveredError("its forward pass registers a hook on a tensor")
+        if func == _REQUIRES_GRAD and is_batched(args[0]):
+            # As in an ordinary forward pass: the gradients of rows come from below vmap, which would say no.
+            return unbatched(args[0]).requires_grad
         weights = self.scope.weights_in(args)
         if kwargs:
             weights += self.scope.weights_in(kwargs.values())

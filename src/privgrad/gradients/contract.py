@@ -211,7 +211,11 @@ class Sums:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, slot: str, value: Tensor) -> None:
-        """See `Sink.add`."""
+        """See `Sink.add`. A value of another shape would be broadcast, after it was clipped."""
+        if value.shape != self._shapes[slot]:
+            raise PrivgradError(
+                f"a sum of shape {tuple(value.shape)} for {slot!r}; expected {tuple(self._shapes[slot])}"
+            )
         if slot in self._sums:
             self._sums[slot] += value
         else:  # a copy: whose memory the value is, is not for a sink to know

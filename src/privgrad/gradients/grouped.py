@@ -23,13 +23,15 @@ class MeanEngine:
     Where a row's loss depends on that row alone, the mean of losses is a scaled sum of rows, and one pass over all groups gives
     it: worth it for linear layers, whose gradients it never multiplies out. All else goes through the model group by group.
 
-    apart: whether rows are alone with the model as it is now. The answer must not rest on private rows.
+    apart: whether rows are alone with the model as it is now. rows: expected of a group; None: not known, and one pass is not
+    tried. Neither may rest on private rows: the two ways agree no further than engines do.
 
     Guarantee: what a unit's vector is depends on its own rows, the weights and fresh randomness only, on either way.
     """
 
-    def __init__(self, apart: Callable[[], bool]) -> None:
+    def __init__(self, apart: Callable[[], bool], rows: float | None) -> None:
         self._apart = apart
+        self._rows = rows
         self._one_pass = OnePassEngine()
         self._streamed = StreamedEngine(mean=True)
         self._worth_it: dict[Need, bool] = {}
@@ -49,8 +51,10 @@ class MeanEngine:
             self._streamed.accumulate(model, loss_fn, request)
 
     def _tried(self, model: nn.Module, loss_fn: LossFn, request: Request) -> bool:
-        """Whether groups of the average size are worth it. Fewer rows have less multiplied out, and are cheaper to try."""
-        average, rows = max(1, round(len(request.fold.index) / request.fold.units)), 1
+        """Whether groups of the expected size are worth it. Fewer rows have less multiplied out, and are cheaper to try."""
+        if self._rows is None:
+            return False
+        average, rows = max(1, round(self._rows)), 1
         while self._one_pass.multiplied_out(model, loss_fn, request, rows) <= _WORTH_IT:
             if rows == average:
                 return True

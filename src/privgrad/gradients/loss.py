@@ -25,6 +25,17 @@ class WithLoss(nn.Module):
         return one_per_row(self.loss_fn(self.model, batch), len(pytree.tree_leaves(batch)[0]))
 
 
+def hooked(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """A module or parameter with a backward hook, which fast engines would pass by; None where there is none."""
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks:
+            return name
+    for name, part in module.named_modules():
+        if part._backward_hooks or part._backward_pre_hooks:
+            return str(name).removeprefix("model.")
+    return None
+
+
 @contextmanager
 def nothing_in_grad(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Refuse a backward pass that has side effects: what a hidden operator leaves in `.grad` is un-noised."""

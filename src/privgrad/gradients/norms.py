@@ -11,10 +11,11 @@ TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 _LOST = 4.0
 """So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
-_ADDED = 16.0
-"""So many machine epsilons may be lost by adding up `SLICE` squares in order (up to ten were seen)."""
-SLICE = 1024
+_SLICE = 64
 """So many numbers are added up at once: float32 squares of ten million, in order, lose a hundredth of their sum."""
+_ADDED = _SLICE / 4 + 4
+"""So many machine epsilons a norm of `_SLICE` numbers may lose, whatever their order: a sum of n squares loses at most n half
+epsilons of itself, its root half as much."""
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -62,14 +63,15 @@ def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tenso
 
 
 def _by_slices(rows: Tensor) -> Tensor:
-    """Norms of [units, n], of slices first and then of their norms."""
+    """Norms of [units, n], of slices first and then of their norms, in double precision."""
     count = rows.shape[1]
-    whole = count // SLICE * SLICE
-    if count <= SLICE:
+    whole = count // _SLICE * _SLICE
+    if count <= _SLICE:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
         return norms
-    slices: Tensor = torch.linalg.vector_norm(torch.unflatten(rows[:, :whole], 1, (-1, SLICE)), dim=2)
+    slices: Tensor = torch.linalg.vector_norm(torch.unflatten(rows[:, :whole], 1, (-1, _SLICE)), dim=2)
     if whole < count:
         rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True)
         slices = torch.cat([slices, rest], dim=1)
-    return _by_slices(slices)
+    norms = torch.linalg.vector_norm(slices.double(), dim=1)
+    return norms.to(rows.dtype)

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from privgrad.gradients.contract import weighted_sum
 from privgrad.gradients.folding import Folding
-from privgrad.gradients.norms import SLICE, TRUSTED, factors_of, hidden, norms_of, select, upwards
+from privgrad.gradients.norms import TRUSTED, factors_of, hidden, norms_of, select, upwards
 from privgrad.gradients.products import batched_product, linear, weighted_product
 
 _TRAFFIC = 96
 """What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
-
+_SLICE = 1024
+"""So many columns of a product are added up in single precision."""
 
 Take = Callable[[int, torch.Size, Tensor], Tensor]
 """take(rows, shape, like): a buffer [rows, *shape], see `memory.Workspace`."""
@@ -203,7 +204,7 @@ class MaskedProduct:
         """
         left, right = factors_of(self.left), factors_of(self.right)
         columns = (self.right / right[:, None]).square_()
-        first, *others = zip(torch.split(columns, SLICE, 1), torch.split(self.mask, SLICE, 1), strict=True)
+        first, *others = zip(torch.split(columns, _SLICE, 1), torch.split(self.mask, _SLICE, 1), strict=True)
         kept = linear(*first)
         for slices in others:
             kept = kept.double().add_(linear(*slices))
@@ -213,6 +214,12 @@ class MaskedProduct:
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         left, right = select(self.left, dropped), select(self.right, dropped)
         return weighted_product(left, weights.to(left), right).mul_(self.mask)
+
+
+def _added(places: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count, d] in double precision, of rows [..., d]: a million in single precision, in order, lose a tenth of their sum."""
+    total = torch.zeros(count, rows.shape[-1], device=rows.device, dtype=torch.float64)
+    return total.index_add_(0, places.flatten(), rows.flatten(0, -2).double())
 
 
 @dataclass
@@ -230,18 +237,19 @@ class Lookup:
 
     def squares(self, mask: Tensor | None = None) -> Tensor:
         places, inverse = torch.unique(self._places(), return_inverse=True)
-        touched = self.right.new_zeros(len(places), self.right.shape[2])
-        touched.index_add_(0, inverse, self.right.flatten(0, 1))
+        touched = _added(inverse, self.right, len(places))
         if mask is not None:
             touched.mul_(mask[places % self.count])
         squares = norms_of(touched).square()
         squares = squares.new_zeros(len(self.index)).index_add_(0, places // self.count, squares)
-        return upwards(squares, _largest(self)[0])
+        return upwards(squares.to(self.right.dtype), _largest(self)[0])
 
     def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
         right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
+        places, inverse = torch.unique(self.index, return_inverse=True)
         table = right.new_zeros(self.count, right.shape[2])
-        return table.index_add_(0, self.index.flatten(), right.flatten(0, 1))
+        table[places] = _added(inverse, right, len(places)).to(table)
+        return table
 
     def cut(self, rows: Tensor) -> Lookup:
         places = torch.full((self.count,), -1, device=self.index.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
+from privgrad.gradients.catching import uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import (
     Fold,
@@ -45,14 +46,20 @@ class VmapEngine:
         if rows == 0:
             return
         module = WithLoss(model, loss_fn)
-        parameters = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
+        originals = trainable(model)
+        for name, parameter in originals.items():
+            if parameter._backward_hooks:
+                raise PrivgradError(
+                    f"the vmap engine passes by the backward hook of {name}; remove it, or use StreamedEngine"
+                )
+        parameters = {f"model.{name}": parameter.detach() for name, parameter in originals.items()}
         buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
         if self._rows_per_chunk is None:
             row = pytree.tree_map(lambda leaf: leaf[:1], request.batch)
             self._rows_per_chunk = rows_within(self.memory, module, row, sum(p.numel() for p in parameters.values()))
         dtype = accumulation_dtype(model)
         for batch, fold in chunks(request.batch, request.fold, self._rows_per_chunk):
-            row_gradients = _row_gradients(module, parameters, buffers, batch)
+            row_gradients = _row_gradients(module, originals, parameters, buffers, batch)
             gradients = {
                 name.removeprefix("model."): _fold_rows(gradient.to(dtype), fold)
                 for name, gradient in row_gradients.items()
@@ -61,7 +68,11 @@ class VmapEngine:
 
 
 def _row_gradients(
-    module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], batch: Tree
+    module: nn.Module,
+    originals: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batch: Tree,
 ) -> dict[str, Tensor]:
     """{parameter: [rows, *shape]}: each row through the model as a batch of one."""
 
@@ -69,15 +80,23 @@ def _row_gradients(
         one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
         return torch.func.functional_call(module, {**values, **buffers}, (one,)).sum()
 
-    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    per_row = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
     try:
-        gradients: dict[str, Tensor] = per_row(dict(parameters), batch)
+        gradients: dict[str, Tensor]
+        gradients, losses = per_row(dict(parameters), batch)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise PrivgradError(
             f"the vmap engine cannot take per-example gradients of this model: {reason}. In-place changes of buffers "
             "(BatchNorm in train mode) and some fused operators (LSTM, GRU) are the usual cause"
         ) from error
+    # Of a model whose parameters are all swapped nothing is left that autograd knows.
+    left = uncovered(losses, originals)
+    if left is not None:
+        raise PrivgradError(
+            "the vmap engine cannot take per-example gradients of this model: it uses "
+            f"{left[0]} outside of the module that holds it"
+        )
     return gradients
 
 

@@ -47,10 +47,10 @@ class RandomGroups(Stage):
         drawn = source.integers(fold.units, self.count)
         return Fold(drawn[fold.index], self.count, fold.scale)
 
-    def engine(self, apart: Callable[[], bool]) -> Engine:
+    def engine(self, apart: Callable[[], bool], rows: float | None) -> Engine:
         if self.local_steps:
             return StreamedEngine(mean=True, local_steps=self.local_steps, local_rate=self.local_rate or 0.0)
-        return MeanEngine(apart)
+        return MeanEngine(apart, None if rows is None else rows / self.count)
 
     @property
     def words(self) -> str:

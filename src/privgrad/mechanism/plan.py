@@ -183,7 +183,9 @@ class Plan:
         one = plan.with_width(1.0)._mixed()
         assert one is not None
         unit = plan.noise.multiplier / one.width
-        return plan.with_width(unit * calibrate_width(lambda width: plan.with_width(unit * width).epsilon(), epsilon))
+        return plan.with_width(
+            unit * calibrate_width(lambda width, grid: plan.with_width(unit * width).epsilon(precision=grid), epsilon)
+        )
 
     @property
     def calibrates_width(self) -> bool:

@@ -134,7 +134,7 @@ class PoissonSampling(_Sampling):
 class TruncatedPoissonSampling(_Sampling):
     """Poisson sampling whose batches never exceed `max_batch_size`: of a larger sample, a random subset of that size stays.
 
-    Batches then have a bounded size in memory (arXiv:2508.15089). Under add_remove dataset_size is a stated upper bound.
+    Batches then have a bounded size in memory (arXiv:2508.15089).
 
     Guarantee: as for Poisson; the subset is uniform and independent of what the units hold.
     """
@@ -154,20 +154,10 @@ class TruncatedPoissonSampling(_Sampling):
         return Sampled(Sampler.TRUNCATED_POISSON, self.probability, self.dataset_size, self.max_batch_size)
 
     def check(self, adjacency: Adjacency) -> None:
-        if adjacency is Adjacency.ADD_REMOVE and self.rate is None and self.dataset_size is not None:
-            raise RefusedError(
-                "under add_remove the size of the data set is private; state sampling.rate, sampling.divisor and a "
-                "sampling.dataset_size that is an upper bound, or use adjacency = 'zero_out'"
-            )
+        """The table of events refuses what has to be refused."""
 
     def for_dataset(self, units: int, adjacency: Adjacency) -> TruncatedPoissonSampling:
-        if adjacency is not Adjacency.ADD_REMOVE:
-            return dataclasses.replace(super().for_dataset(units, adjacency), dataset_size=units)
-        if units > _known(self.dataset_size):
-            raise PrivgradError(
-                f"the data set is larger than sampling.dataset_size = {self.dataset_size}, which must be an upper bound"
-            )
-        return self
+        return dataclasses.replace(super().for_dataset(units, adjacency), dataset_size=units)
 
     def draw(self, units: int, step: int, source: Source) -> Tensor:
         drawn = source.coins(units, self.probability).nonzero().flatten()

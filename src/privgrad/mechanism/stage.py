@@ -122,8 +122,8 @@ class Groups(Protocol):
         """The fold of rows into groups. Each unit draws its group independently of all others."""
         ...
 
-    def engine(self, apart: Callable[[], bool]) -> Engine:
-        """Streams groups: one vector A(w, group) at a time."""
+    def engine(self, apart: Callable[[], bool], rows: float | None) -> Engine:
+        """Streams groups: one vector A(w, group) at a time. rows: expected of a batch, a public constant; None: not known."""
         ...
 
 

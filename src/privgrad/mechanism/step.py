@@ -103,7 +103,7 @@ class StepRunner:
             )
         self.states = {name: stage.init(self._shapes) for name, stage in self._stages.items()} | self.states
         if self.plan.groups is not None:
-            self.engine = self.plan.groups.engine(self.apart)
+            self.engine = self.plan.groups.engine(self.apart, self.plan.sampling.normaliser)
         seed = self.plan.noise.insecure_seed
         if seed == SECRET:
             raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")

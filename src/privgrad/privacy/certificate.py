@@ -30,7 +30,8 @@ _SAMPLERS = {
     Sampler.POISSON: "Poisson sampling is assumed, and Poisson sampling is what was run",
     Sampler.TRUNCATED_POISSON: "truncated Poisson sampling is assumed, and truncated Poisson sampling is what was run",
     Sampler.FIXED_SIZE: "sampling of a fixed size without replacement is assumed, and it is what was run",
-    Sampler.SHUFFLED: "no amplification by sampling is assumed: one full Gaussian step is charged for each epoch that was begun",
+    Sampler.SHUFFLED: "no amplification by sampling is assumed: one full Gaussian step is charged for each epoch that was begun, "
+    "provided that the records stood in the same order whenever the run was resumed",
     Sampler.FULL_BATCH: "full batches are assumed, and full batches are what was run",
 }
 

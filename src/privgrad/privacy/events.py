@@ -89,7 +89,6 @@ _TABLE: dict[tuple[Sampler, Adjacency], tuple[NeighboringRelation, tuple[Account
     # PLD's REPLACE_ONE doubles the sensitivity inside: the event keeps z = s / R. RDP's does not, and is refused.
     (Sampler.POISSON, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_PLD,)),
     (Sampler.TRUNCATED_POISSON, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_SPECIAL, (_PLD,)),
-    (Sampler.TRUNCATED_POISSON, Adjacency.ADD_REMOVE): (NeighboringRelation.ADD_OR_REMOVE_ONE, (_PLD,)),
     # The record's place is taken by another one also under zero_out: the doubling is ours (`step_event`).
     (Sampler.FIXED_SIZE, Adjacency.ZERO_OUT): (NeighboringRelation.REPLACE_ONE, (_RDP,)),
     (Sampler.FIXED_SIZE, Adjacency.REPLACE_ONE): (NeighboringRelation.REPLACE_ONE, (_RDP,)),
@@ -102,6 +101,11 @@ _TABLE: dict[tuple[Sampler, Adjacency], tuple[NeighboringRelation, tuple[Account
 }
 
 _WITHOUT_A_ROW = {
+    (
+        Sampler.TRUNCATED_POISSON,
+        Adjacency.ADD_REMOVE,
+    ): "how often a batch is cut off depends on the number of records, which is "
+    "private, and neither a larger nor a smaller number is a bound; use sampling.kind = 'poisson', or adjacency = 'zero_out'",
     (Sampler.TRUNCATED_POISSON, Adjacency.REPLACE_ONE): "its accountant has no pair for a replaced record; "
     "use sampling.kind = 'poisson', or adjacency = 'zero_out'",
     (Sampler.FIXED_SIZE, Adjacency.ADD_REMOVE): "a batch of fixed size gives away whether there are enough records; "

@@ -43,21 +43,21 @@ NARROWEST, WIDEST = 1e-3, 1e5
 """In units of s: a narrower uniform counts as none, a wider one as a part of it."""
 _SMALLEST_SHIFT = 0.015
 """In units of s: where all shifts are smaller, the bound for small shifts is close to the supremum, and serves alone."""
-_TOLERANCE = 2e-4
+FINE, ROUGH = 2e-4, 5e-3
 """What the supremum may be overstated by (relative), where the ratio falls fast enough below the largest shift."""
 _COARSE_TOLERANCE, _FEW = 0.015, 4
 """The same where it does not: for orders whose bound for small shifts is too large at the first few steps down."""
-_GROWTH, _LONGEST = 1.02, 0.006
+_GROWTH, _LONGEST = {FINE: 1.02, ROUGH: 1.05}, {FINE: 0.006, ROUGH: 0.02}
 """Of the strides between shifts, which begin with half the tolerance."""
 _LARGEST_EXPONENT = 600.0
 _ROUNDING = 1e-8
 
 
 @lru_cache(maxsize=64)
-def moments(multiplier: float, width: float, cap: float) -> Array:
+def moments(multiplier: float, width: float, cap: float, tolerance: float = FINE) -> Array:
     """a_k for k = 2, 3, ..., max(ORDERS): log A_k(v) <= a_k for every v with an l2 norm of 1 and coordinates of at most `cap`.
 
-    multiplier: s. width: W. cap: c = 1 / sqrt(p), at most 1. All in units of the l2 bound.
+    multiplier: s. width: W. cap: c = 1 / sqrt(p), at most 1. All in units of the l2 bound. tolerance: FINE or ROUGH.
     """
     s, orders = multiplier, numpy.array(ORDERS)
     gaussian = orders * (orders - 1) / (2 * s * s)
@@ -68,7 +68,7 @@ def moments(multiplier: float, width: float, cap: float) -> Array:
     if cap < _SMALLEST_SHIFT * s:
         return _rounded(_near_zero(s, width, cap, orders), gaussian)
     logs = _log_moments(s, width, cap, orders, _CELLS[0] / 5)
-    target = numpy.minimum(logs / cap**2, gaussian) * (1 + _TOLERANCE)
+    target = numpy.minimum(logs / cap**2, gaussian) * (1 + tolerance)
     # As much as possible is left to the bound for small shifts: where it is below the target. Where that is too little, as with a
     # narrow uniform, whose ratio hardly depends on the shift, the target gives way a little. (The smallest step counts anyway.)
     steps = min(cap, s) / 2.0 ** numpy.arange(1, 12)
@@ -87,7 +87,7 @@ def moments(multiplier: float, width: float, cap: float) -> Array:
         due = active & (following >= 0.99 * x)
         logs[due] = _log_moments(s, width, x, orders[due], _CELLS[int(x < max(0.9 * cap, 0.2 * s))])
         # Each visit goes further than the one before, so that it comes to an end: where it must, the target gives way.
-        stride = numpy.minimum(_TOLERANCE / 2 * _GROWTH ** visits[due], _LONGEST)
+        stride = numpy.minimum(tolerance / 2 * _GROWTH[tolerance] ** visits[due], _LONGEST[tolerance])
         target[due] = numpy.maximum(target[due], logs[due] / (x * (1 - stride)) ** 2)
         following[due] = numpy.sqrt(logs[due] / target[due])
         visits[due] += 1
@@ -99,10 +99,10 @@ def _rounded(bounds: Array, gaussian: Array) -> Array:
 
 
 @lru_cache(maxsize=64)
-def rdp(rate: float, multiplier: float, width: float, cap: float) -> Array:
+def rdp(rate: float, multiplier: float, width: float, cap: float, tolerance: float = FINE) -> Array:
     """RDP at `ORDERS` of one step: Poisson sampling with `rate` of noise as in `moments`."""
     # sum_k chance_k A_k = 1 + sum_{k > 1} chance_k (A_k - 1): beside the 1 a small excess would be lost in rounding.
-    bounds = moments(multiplier, width, cap)
+    bounds = moments(multiplier, width, cap, tolerance)
     with numpy.errstate(divide="ignore"):  # where nothing moves, the excess is 0
         excess = bounds + numpy.log(-numpy.expm1(-bounds))
     found = []

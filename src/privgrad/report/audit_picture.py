@@ -52,7 +52,7 @@ def to_svg(picture: Picture) -> str:
         below.annotate(f" {value:.2f}", (value, place), va="center", color=INK, fontsize=9)
     below.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     below.set_xlim(0, 1.15 * max(1e-3, *(value for _, value, _ in rows)))
-    below.set_xlabel(f"ε at δ = {picture.delta:g}; an attack can refute a claim, and never prove it")
+    below.set_xlabel(f"ε at δ = {picture.delta!r}; an attack can refute a claim, and never prove it")
     for axes in (above, below):
         bare(axes)
     return svg(figure)

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from privgrad.privacy.certificate import round_up
 from privgrad.report.picture import ACCENT, INK, SOFT, bare, new_figure, svg
 
 
@@ -87,7 +88,9 @@ def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
         axes.plot(found, [place] * len(found), "o", color=SOFT, markersize=5, zorder=2)
         axes.plot([mean, mean], [place - 0.28, place + 0.28], color=ACCENT, linewidth=3, zorder=3)
         axes.annotate(f"{mean:.1f}", (mean, place + 0.3), ha="center", va="bottom", color=ACCENT, fontsize=9)
-    axes.set_yticks(range(len(shown)), [f"{row.plan}\nε = {_shown(row.epsilon)}" for row in shown])
+    own = len({row.delta for row in rows}) > 1
+    words = [_shown(row.epsilon) + (f", δ = {row.delta!r}" if own else "") for row in shown]
+    axes.set_yticks(range(len(shown)), [f"{row.plan}\nε = {text}" for row, text in zip(shown, words, strict=True)])
     axes.set_ylim(-0.6, max(1, len(shown)) - 0.2)
     axes.margins(x=0.12)
     axes.set_xlabel("test accuracy, %  (a dot for each seed, a bar for the mean)")
@@ -99,4 +102,4 @@ def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
 
 def _shown(epsilon: float) -> str:
     # Upwards, as every epsilon that people read.
-    return "∞" if math.isinf(epsilon) else f"{math.ceil(epsilon * 100 - 1e-9) / 100:g}"
+    return "∞" if math.isinf(epsilon) else round_up(epsilon, 2)

@@ -250,7 +250,7 @@ def _norms(plan: Plan, model: nn.Module, loss_fn: LossFn, public: Tree, engine: 
     fold = Fold.identity(rows)
     sized = _public_groups(plan, rows)
     if sized.groups is not None:
-        engine = sized.groups.engine(lambda: False)
+        engine = sized.groups.engine(lambda: False, plan.sampling.normaliser)
         generator = torch.Generator().manual_seed(0)
         fold = Fold(torch.randint(sized.groups.count, (rows,), generator=generator), sized.groups.count)
     shapes = {name: parameter.shape for name, parameter in trainable(model).items()}

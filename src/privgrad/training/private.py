@@ -56,7 +56,7 @@ class Spent:
     planned: int
 
     def __str__(self) -> str:
-        return f"epsilon = {round_up(self.epsilon, 3)} at delta = {self.delta:g} after {self.steps} of {self.planned} steps"
+        return f"epsilon = {round_up(self.epsilon, 3)} at delta = {self.delta!r} after {self.steps} of {self.planned} steps"
 
 
 class Private:
@@ -90,6 +90,7 @@ class Private:
         self._sampling = runner.source("sampling")
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
+        self._pending_step = 0
         self._filled_at: list[int] | None = None
         self._iterators = 0
 
@@ -124,8 +125,9 @@ class Private:
     def _batches(self, steps: int | None) -> Iterator[SampledBatch]:
         self._iterators += 1
         current = self._iterators
+        following = self.ledger.count + 1
         last = self.plan.steps if steps is None else min(self.ledger.count + steps, self.plan.steps)
-        draws = (self._draw(step) for step in range(self.ledger.count + 1, last + 1))
+        draws = (self._draw(step) for step in range(following, last + 1))
         pin = next(iter(self._parameters.values())).is_cuda
         batches = sampled_batches(
             self._dataset,
@@ -146,7 +148,8 @@ class Private:
                 raise PrivgradError(
                     "a sampled batch was skipped; pass every batch to step() or backward(), also empty ones"
                 )
-            self._pending = batch
+            self._pending, self._pending_step = batch, following
+            following += 1
             yield batch
 
     def _draw(self, step: int) -> Drawn:
@@ -241,6 +244,12 @@ class Private:
             raise PrivgradError(
                 f"step() got {_described(batch)}; it takes the batch that private.batches() gave last, whose sampling is "
                 "accounted for, and none from a DataLoader of your own"
+            )
+        if not batch.used and self.ledger.count + 1 != self._pending_step:
+            # What a step is charged as goes by its number, and so does whom it drew.
+            raise PrivgradError(
+                f"this batch was drawn for step {self._pending_step}, and the ledger is at step {self.ledger.count + 1}: another "
+                "training has charged it in between; give each training a ledger of its own"
             )
         data, fold = batch.take()
         device = next(iter(self._parameters.values())).device

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from privgrad.errors import PrivgradError
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
@@ -61,6 +62,12 @@ def per_row(operator: Callable[..., Tensor], gradients: Callable[..., Sequence[T
                 positional, named = pytree.tree_unflatten([known.get(n, v) for n, v in enumerate(given)], form)
                 answer = gradients(gradient, *positional, **named)
                 for weight, gradient in zip(weights, answer, strict=True):
+                    expected = (rows, *weight.tensor.shape)
+                    if gradient.shape != expected:
+                        raise PrivgradError(
+                            f"the rule for {operator.__name__} answers a weight with gradients of shape "
+                            f"{tuple(gradient.shape)}; expected {expected}, one for each row"
+                        )
                     yield weight, Rows(scope.factored(gradient))
 
             return scope.catch(output.clone(), weights, terms, *inputs)

@@ -57,7 +57,7 @@ class Convolution:
         rows = take(images, shape, self.inputs)
         reverse = self._reverse()
         squares = []
-        some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // math.prod(shape)))
+        some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(shape))))
         for first in range(0, images, some):
             inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
             if reverse is None:
