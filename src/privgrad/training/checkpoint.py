@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from privgrad.errors import PrivgradError
@@ -44,10 +44,9 @@ def load_tree(path: Path) -> Any:
         PrivgradError: a file in which anything was changed, or that is not there.
     """
     try:
-        # Opened once: a training that is under way may put a newer file in its place meanwhile.
-        with safe_open(str(path), framework="pt") as stream:
-            header = json.loads(stream.metadata()["tree"])
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        # Read once: a training that is under way may put a newer file in its place meanwhile, and safe_open() opens a path twice.
+        content = path.read_bytes()
+        tensors, header = load(content), json.loads(_metadata(content)["tree"])
         if header["sha256"] != _digest(header["tree"], tensors):
             raise ValueError("its checksum does not fit its content")
         return _unflatten(json.loads(header["tree"]), tensors)
@@ -72,10 +71,17 @@ def load_weights(path: Path, model: nn.Module) -> None:
         PrivgradError: a damaged file, or one of another model.
     """
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(load(path.read_bytes()))
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise PrivgradError(f"{path} does not fit this model, or is damaged: {reason}") from error
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What a safetensors file says of itself: its first 8 bytes are the length of a JSON header (little-endian)."""
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return found
 
 
 def _digest(structure: str, tensors: dict[str, Tensor]) -> str:
