@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.runner import ROOT, TIMEOUT, killed, run
+from tests.mutants.runner import KILLERS, ROOT, TIMEOUT, judge, remembered, run
 
 
 def main() -> int:
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--skip-baseline", action="store_true", help="the tests were just seen to be green without mutants"
     )
+    parser.add_argument("--remember", action="store_true", help="write down which test killed each, to run it first")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not arguments.only or arguments.only in mutant.name]
@@ -33,19 +34,23 @@ def main() -> int:
     if not arguments.skip_baseline:
         needed = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
         print(f"{len(chosen)} mutants; first the same tests without any", file=sys.stderr, flush=True)
-        if run(needed, ROOT / "src", timeout=10 * TIMEOUT):
-            raise SystemExit("the tests fail without any mutant; mend them first")
+        failed, test = run(needed, ROOT / "src", timeout=10 * TIMEOUT)
+        if failed:
+            raise SystemExit(f"the tests fail without any mutant ({test}); mend them first")
 
     survivors: list[str] = []
+    killers = {mutant.name: remembered().get(mutant.name) for mutant in MUTANTS}
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for number, (mutant, (dead, seconds)) in enumerate(zip(chosen, pool.map(killed, chosen), strict=True), start=1):
-            print(
-                f"{number}/{len(chosen)} {'killed  ' if dead else 'SURVIVED'} {seconds:4.0f} s {mutant.name}",
-                file=sys.stderr,
-                flush=True,
-            )
-            if not dead:
+        verdicts = pool.map(judge, chosen, [killers[mutant.name] for mutant in chosen])
+        for number, (mutant, verdict) in enumerate(zip(chosen, verdicts, strict=True), start=1):
+            word = "killed  " if verdict.killed else "SURVIVED"
+            print(f"{number}/{len(chosen)} {word} {verdict.seconds:4.0f} s {mutant.name}", file=sys.stderr, flush=True)
+            killers[mutant.name] = verdict.killer
+            if not verdict.killed:
                 survivors.append(mutant.name)
+    if arguments.remember:
+        known = {name: killer for name, killer in killers.items() if killer is not None}
+        KILLERS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     score = {"killed": len(chosen) - len(survivors), "total": len(chosen), "survivors": survivors}
     if arguments.json:
         print(json.dumps(score))

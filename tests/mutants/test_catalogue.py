@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.mutants.catalogue import MUTANTS, Mutant
-from tests.mutants.runner import ROOT
+from tests.mutants.runner import ROOT, remembered
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -22,3 +22,9 @@ def test_a_mutants_text_occurs_once_and_its_tests_exist(mutant: Mutant) -> None:
 
 def test_names_are_unique() -> None:
     assert set(Counter(mutant.name for mutant in MUTANTS).values()) == {1}
+
+
+def test_what_is_remembered_is_of_mutants_and_of_files_that_exist() -> None:
+    names = {mutant.name for mutant in MUTANTS}
+    assert set(remembered()) <= names
+    assert all((ROOT / killer.split("::")[0]).exists() for killer in remembered().values())
