@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from decimal import Decimal
+from uuid import UUID
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -188,7 +191,14 @@ def test_the_certificate_speaks_of_users(tmp_path) -> None:
         (None, pg.User("customer"), "give keys"),
         ([1, 2, 3], pg.Example(), "protects each record by itself"),
         ([1, 2], pg.User("customer"), "2 keys are given for 3 records"),
-        ([[1], [2], [3]], pg.User("customer"), "cannot be compared"),
+        ([[1], [2], [3]], pg.User("customer"), "a key is a list"),
+        (torch.zeros(3, 1), pg.User("customer"), "a key is a list"),
+        (numpy.zeros((3, 1)), pg.User("customer"), "a key is a ndarray"),
+        ([object(), object(), object()], pg.User("customer"), "a key is a object"),
+        ([("h", math.nan)] * 3, pg.User("customer"), "a key is NaN"),
+        (numpy.array(["NaT", 1, 1], "datetime64[s]"), pg.User("customer"), "a key is NaN"),
+        ([7, "7", 7], pg.User("customer"), "of several kinds .number and text."),
+        (["a", b"a", "a"], pg.User("customer"), "of several kinds .bytes and text."),
     ],
 )
 def test_keys_and_plan_must_fit(keys: object, protects: object, says: str) -> None:
@@ -202,7 +212,21 @@ def test_a_user_needs_a_key_and_a_cap(arguments: dict[str, object]) -> None:
         pg.User(**arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("keys", [torch.tensor([7, 7, -1, 3]), ["a", "a", "b", None], [1.5, 1.5, 2, 3]])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        torch.tensor([7, 7, -1, 3]),
+        ["a", "a", "b", None],
+        [1.5, 1.5, 2, 3],
+        list(torch.tensor([7, 7, -1, 3])),  # compared by identity, each would be a user of its own
+        [torch.tensor(1), torch.tensor(1.0), torch.tensor(2), torch.tensor(3)],
+        numpy.array(["a", "a", "b", "c"]),
+        numpy.array([1, 1, 2, 3], "datetime64[s]"),
+        [("h", 1), ("h", torch.tensor(1)), ("h", 2), ("g", 1)],
+        [Decimal(1), 1, 2, 3],
+        (key for key in (UUID(int=0), UUID(int=0), UUID(int=1), UUID(int=2))),
+    ],
+)
 def test_keys_may_be_numbers_text_or_tensors(keys: object) -> None:
     units = units_of(TensorDataset(torch.zeros(4)), pg.User("customer"), keys)  # type: ignore[arg-type]
     assert units.count == 3

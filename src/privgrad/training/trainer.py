@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
@@ -98,6 +98,7 @@ class Trainer:
             check_split(test)
         if averaging is not None and not isinstance(averaging, ExponentialAverage):
             raise PrivgradError(f"averaging is {averaging!r}; expected ExponentialAverage(decay=0.95), or None")
+        keys = keys if keys is None or isinstance(keys, Tensor) else list(keys)  # read more than once
         self.plan = plan.for_dataset(units_of(dataset, plan.protects, keys).count)
         if isinstance(schedule, ReduceLROnPlateau):
             raise PrivgradError(

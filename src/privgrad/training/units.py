@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Any, Protocol
+from uuid import UUID
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,7 +21,10 @@ from privgrad.privacy.adjacency import Protects, User
 from privgrad.training.batches import Drawn, size_of
 
 Keys = Iterable[Hashable] | Tensor
-"""One key per row: whose record it is."""
+"""One key per row: whose record it is. Numbers, text, bytes, dates, UUIDs, or tuples of these: what is equal is one user."""
+
+_COMPARED = (str, bytes, int, float, Decimal, date, UUID)
+"""What is compared by what it says."""
 
 
 class Units(Protocol):
@@ -102,7 +109,8 @@ def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Un
     """The units that a plan protects, in a data set whose rows have `keys`.
 
     Raises:
-        PrivgradError: keys without a plan for users, or the other way round; another number of keys than rows.
+        PrivgradError: keys without a plan for users, or the other way round; another number of keys than rows; keys that could tell one user
+            from itself (objects, NaN, text and numbers side by side).
     """
     size = size_of(dataset)
     if not isinstance(protects, User):
@@ -124,10 +132,29 @@ def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Un
 def _dense(keys: Keys) -> Tensor:
     """[rows] int64: the users numbered from 0, in the order of their first row."""
     values = keys.tolist() if isinstance(keys, Tensor) else list(keys)
-    if any(value != value for value in values):  # each NaN would be a user of its own
-        raise PrivgradError("a key is NaN; every record must belong to a unit: leave such records out")
+    values = [_plain(value) for value in values]
+    kinds = {_kind(value) for value in values if value is not None}
+    if len(kinds) > 1:  # 7 and "7" are one customer, and would be two users
+        raise PrivgradError(f"keys are of several kinds ({' and '.join(sorted(kinds))}); write all of them in one way")
     number: dict[Hashable, int] = {}
-    try:
-        return torch.tensor([number.setdefault(value, len(number)) for value in values], dtype=torch.int64)
-    except TypeError as error:
-        raise PrivgradError(f"a key cannot be compared ({error}); expected one number or text per record") from None
+    return torch.tensor([number.setdefault(value, len(number)) for value in values], dtype=torch.int64)
+
+
+def _plain(key: Any) -> Hashable:
+    """A key as a plain value: tensors and other objects are compared by what they are, not by what they say."""
+    if isinstance(key, tuple):
+        return tuple(_plain(part) for part in key)
+    scalar = isinstance(key, numpy.generic) or (isinstance(key, Tensor) and key.dim() == 0)
+    if not scalar and not isinstance(key, _COMPARED) and key is not None:
+        raise PrivgradError(f"a key is a {type(key).__name__}; expected one number or text per record")
+    if key != key:  # each NaN would be a user of its own
+        raise PrivgradError("a key is NaN; every record must belong to a unit: leave such records out")
+    return _plain(key.item()) if scalar else key
+
+
+def _kind(key: Hashable) -> str:
+    if isinstance(key, tuple):
+        return f"({', '.join(_kind(part) for part in key)})"
+    if isinstance(key, int | float | Decimal):
+        return "number"
+    return "text" if isinstance(key, str) else type(key).__name__
