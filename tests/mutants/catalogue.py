@@ -32,6 +32,7 @@ VMAP = "tests/gradients/test_vmap.py"
 SUMS = "tests/gradients/test_sums.py"
 CHOICE = "tests/gradients/test_choice.py"
 CLIPPING = "tests/mechanism/test_clipping.py"
+NORMS = "tests/gradients/test_norms.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
 SAMPLING = "tests/mechanism/test_sampling.py"
@@ -357,8 +358,8 @@ MUTANTS = (
     Mutant(
         "norms are not rounded upwards",
         "gradients/norms.py",
-        "_LOST = 4.0",
-        "_LOST = 0.0",
+        "return (squares.sqrt() + (_LOST + summed / 2) * eps * largest).square()",
+        "return squares",
         (f"{ONEPASS}::test_rounding_lets_no_unit_contribute_more_than_its_norm",),
     ),
     Mutant(
@@ -404,10 +405,53 @@ MUTANTS = (
         (NOT_COVERED,),
     ),
     Mutant(
+        "long sums of what cancels lose nothing",
+        "gradients/terms.py",
+        "rounded[unit] = upwards(norms_of(gradient)[0].square(), largest[unit], summed=2 * summed)",
+        "rounded[unit] = upwards(norms_of(gradient)[0].square(), largest[unit])",
+        (f"{NORMS}::test_a_product_over_positions",),
+    ),
+    Mutant(
+        "a table's rows are added up in single precision",
+        "gradients/terms.py",
+        "        table = _added(self._places(), self.right, units * self.count)\n",
+        "        table = self.right.new_zeros(units * self.count, width)\n"
+        "        table.index_add_(0, self._places(), self.right.flatten(0, 1))\n",
+        (f"{NORMS}::test_a_tied_table",),
+    ),
+    Mutant(
+        "inner products of a Gram matrix are added up in one",
+        "gradients/terms.py",
+        "_INNER = 128",
+        "_INNER = 2**30",
+        (f"{NORMS}::test_a_gram_matrix_of_many_equal_numbers",),
+    ),
+    Mutant(
+        "squares of many weights are added up in single precision",
+        "gradients/collector.py",
+        "len(request.blocks), device=device, dtype=torch.float64)",
+        "len(request.blocks), device=device, dtype=dtype)",
+        (f"{NORMS}::test_the_squares_of_many_weights",),
+    ),
+    Mutant(
+        "keys are compared by identity",
+        "training/units.py",
+        "values = [_plain(value) for value in values]",
+        "values = list(values)",
+        (f"{USERS}::test_keys_may_be_numbers_text_or_tensors",),
+    ),
+    Mutant(
+        "text and numbers are keys of one list",
+        "training/units.py",
+        "    if len(kinds) > 1:",
+        "    if False:",
+        (f"{USERS}::test_keys_and_plan_must_fit",),
+    ),
+    Mutant(
         "Gram norms do not count what squares hide",
         "gradients/terms.py",
-        "rounded = upwards(squares, reduce(torch.add, (most for _, most in lengths)), by_gram=True)",
-        "rounded = upwards(squares, largest, by_gram=True)",
+        "rounded = upwards(squares, reduce(torch.add, (most for _, most in lengths)), summed=summed, by_gram=True)",
+        "rounded = upwards(squares, largest, summed=summed, by_gram=True)",
         (f"{ONEPASS}::test_the_norm_of_a_product_does_not_leave_the_range_of_floats",),
     ),
     Mutant(

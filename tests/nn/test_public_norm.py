@@ -208,6 +208,7 @@ def test_reference_models_take_every_normalization(name: str, normalization: str
         with pytest.raises(pg.PrivgradError, match="would erase BatchNorm1d's features"):
             build_model(name, (1, 16, 16), 10, {"normalization": normalization})
         return
+    torch.manual_seed(0)
     model = build_model(name, (1, 16, 16), 10, {"normalization": normalization})
     assert model(torch.randn(3, 1, 16, 16)).shape == (3, 10)
     probe = pg.nn.SyntheticProbe.like((torch.zeros(1, 1, 16, 16), torch.zeros(1).long()))

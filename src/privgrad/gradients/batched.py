@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -14,14 +14,45 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as current
+from torch.overrides import TorchFunctionMode
 
 
 class NotCoveredError(Exception):
-    """Another engine must take this model; the message says why. late: a part of the batch has reached the sink by then."""
+    """Another engine must take this model; the message says why.
 
-    def __init__(self, reason: str, *, late: bool = False) -> None:
+    late: a part of the batch has reached the sink by then. alone: it must be one that takes each row by itself.
+    """
+
+    def __init__(self, reason: str, *, late: bool = False, alone: bool = False) -> None:
         super().__init__(reason)
-        self.late = late
+        self.late, self.alone = late, alone
+
+
+class Swallowed(TorchFunctionMode):
+    """Sees exceptions that a model keeps to itself.
+
+    Under vmap an operator raises for all rows what it would raise for one of them, and a model that catches it takes all of them
+    another way. operator: the first one that raised on rows; None: none did.
+    """
+
+    operator: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return self.call(func, args, kwargs)
+        except Exception as error:
+            if self.operator is None and (
+                isinstance(error, NotCoveredError)
+                or any_batched(args, deep=True)
+                or any_batched(kwargs.values(), deep=True)
+            ):
+                self.operator = getattr(func, "__name__", type(func).__name__)
+            raise
+
+    def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One torch function."""
+        return func(*args, **kwargs)
 
 
 _inside = 0
@@ -60,13 +91,13 @@ def unbatched(value: Tensor) -> Tensor:
     return plain
 
 
-def any_batched(values: Iterable[Any]) -> bool:
-    """Whether there is a tensor with rows among values, lists of them included."""
+def any_batched(values: Iterable[Any], *, deep: bool = False) -> bool:
+    """Whether there is a tensor with rows among values, lists of them included. deep: or one of another transform around it."""
     for value in values:
         if isinstance(value, Tensor):
-            if functorch.is_batchedtensor(value):
+            if functorch.is_batchedtensor(value) or (deep and functorch.is_functorch_wrapped_tensor(value)):
                 return True
-        elif isinstance(value, list | tuple) and any_batched(value):
+        elif isinstance(value, list | tuple) and any_batched(value, deep=deep):
             return True
     return False
 

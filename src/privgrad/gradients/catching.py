@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from privgrad.gradients.batched import NotCoveredError, any_batched, is_batched, level, on_rows, unbatched
+from privgrad.gradients.batched import NotCoveredError, Swallowed, any_batched, is_batched, level, on_rows, unbatched
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.norms import wide
 from privgrad.gradients.terms import Rows, Term
@@ -28,6 +28,7 @@ Rule = Callable[..., Any]
 """rule(scope, *args, **kwargs) with an operator's own arguments: its output, or NotImplemented for copies per row."""
 
 _HOOKS = frozenset((Tensor.register_hook, Tensor.retain_grad))
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 _REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
 Terms = Callable[..., Iterable[tuple[Weight, Term]]]
@@ -77,9 +78,13 @@ class Scope:
         if isinstance(output, list | tuple):
             for part in output:
                 self.derive(part, sources)
-        elif isinstance(output, Tensor) and output.requires_grad and id(output) not in self._weights:
-            parents = {id(p): p for source in sources for p in (source.parents or [source])}
-            self._weights[id(output)] = Weight(output, None, list(parents.values()))
+        elif isinstance(output, Tensor) and output.requires_grad:
+            known = self._weights.get(id(output))
+            if known is not None and known.tensor._version != known.version and known.expected:
+                raise NotCoveredError("it changes in place a weight that it computed and has used before")
+            if known is None or known.name is None:  # in place, or new
+                parents = {id(p): p for source in sources for p in (source.parents or [source])}
+                self._weights[id(output)] = Weight(output, None, list(parents.values()), version=output._version)
 
     def on_rows(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
         """function(rows, *tensors) on all rows at once: every tensor [rows, *its shape for one row]. So is the output."""
@@ -130,7 +135,7 @@ class Scope:
         return known
 
 
-class Catching(TorchFunctionMode):
+class Catching(Swallowed):
     """Looks at every torch function that the model calls."""
 
     def __init__(
@@ -141,17 +146,14 @@ class Catching(TorchFunctionMode):
         self._rules = rules
         self._always = always
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _HOOKS:
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One torch function, with the weights in it caught."""
+        if func in _HOOKS or (func == _GRAD_FN and is_batched(args[0])):
             raise NotCoveredError("its forward pass registers a hook on a tensor")
         if func == _REQUIRES_GRAD and is_batched(args[0]):
             # As in an ordinary forward pass: the gradients of rows come from below vmap, which would say no.
             return unbatched(args[0]).requires_grad
-        weights = self.scope.weights_in(args)
-        if kwargs:
-            weights += self.scope.weights_in(kwargs.values())
-        else:
-            kwargs = {}
+        weights = [*self.scope.weights_in(args), *self.scope.weights_in(kwargs.values())]
         if (not weights and func not in self._always) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if not any_batched(args) and not any_batched(kwargs.values()):

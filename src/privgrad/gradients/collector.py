@@ -28,12 +28,13 @@ class Weight:
 
     expected: uses that were caught in the forward pass; terms: one for each that the backward pass has reached, with what
     `_versions` said of it then.
-    parents: the parameters that a derived weight was computed from.
+    parents: the parameters that a derived weight was computed from. version: how often it had been changed in place by then.
     """
 
     tensor: Tensor
     name: str | None
     parents: Sequence[Weight] = ()
+    version: int = 0
     expected: int = 0
     terms: list[tuple[Term, Sequence[int]]] = field(default_factory=list)
 
@@ -76,7 +77,9 @@ class Collector:
         self._workspace = workspace
         self._derived: list[Weight] = []
         device = next(iter(parameters.values())).device
-        self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=dtype)
+        # In double precision: the squares of a thousand small weights, one by one, would be lost beside those of a large one.
+        self._squares = torch.zeros(folding.units, len(request.blocks), device=device, dtype=torch.float64)
+        self._dtype = dtype
         self._column = {slot: column for column, slots in enumerate(request.blocks) for slot in slots}
         self._totals: dict[int, dict[str, Share]] = {column: {} for column in range(len(request.blocks))}
         left_out = masked(request.encoding, request.encoding.slots())
@@ -170,9 +173,9 @@ class Collector:
         if not wanted:
             return
         gradients = {
-            name: self._whole(weight).dense().to(self._squares.dtype)
+            name: self._whole(weight).dense().to(self._dtype)
             if weight.terms
-            else self._squares.new_zeros(self.folding.units, *weight.tensor.shape)
+            else self._squares.new_zeros(self.folding.units, *weight.tensor.shape, dtype=self._dtype)
             for name, weight in wanted.items()
         }
         vectors = self._request.encoding.encode(gradients)
@@ -194,7 +197,7 @@ class Collector:
         if not columns:
             return
         joined = {column: self._join(column) for column in columns}
-        weights = self._request.rule(self._squares[:, columns].sqrt(), columns)
+        weights = self._request.rule(self._squares[:, columns].sqrt().to(self._dtype), columns)
         zero = weights == 0
         some = bool(zero.any())
         for place, column in enumerate(columns):

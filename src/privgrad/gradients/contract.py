@@ -266,8 +266,8 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
     """
     flats = {slot: vector.reshape(len(vector), -1) for slot, vector in vectors.items()}
     lengths = {slot: norms_of(flat) for slot, flat in flats.items()}
-    squares = [torch.stack([lengths[slot].square() for slot in slots]).sum(0) for slots in request.blocks]
-    norms = torch.stack(squares, dim=1).sqrt()
+    blocks = [torch.stack([lengths[slot] for slot in slots]).double().norm(dim=0) for slots in request.blocks]
+    norms = torch.stack(blocks, dim=1).to(next(iter(flats.values())).dtype)
     weights = request.rule(norms, range(len(request.blocks)))
     weighted = {}
     for column, slots in enumerate(request.blocks):

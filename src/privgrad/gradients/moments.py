@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import Fold, LossFn, Tree
-from privgrad.gradients.loss import WithLoss, buffers_kept
+from privgrad.gradients.loss import WithLoss, nothing_kept
 
 _ROWS = 256
 """So many rows go through the network at once: nothing is kept for a backward pass."""
@@ -81,7 +81,7 @@ def _moments(module: WithLoss, batch: Tree, layers: Sequence[Watched]) -> Tensor
         return before
 
     with ExitStack() as hooks, torch.no_grad():
-        hooks.enter_context(buffers_kept(module))
+        hooks.enter_context(nothing_kept(module))
         for watched, uses in zip(layers, seen, strict=True):
             handle = watched.layer.register_forward_pre_hook(watch(watched, uses), with_kwargs=True)
             hooks.callback(handle.remove)

@@ -10,7 +10,7 @@ from torch import Tensor
 TRUSTED = 1e-4
 """A squared Gram norm below this share of its largest possible value has lost digits to cancellation and is computed again."""
 _LOST = 4.0
-"""So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding (up to two were seen)."""
+"""So many machine epsilons of what a norm would be if nothing cancelled may be lost to rounding, beside what long sums lose."""
 _SLICE = 64
 """So many numbers are added up at once: float32 squares of ten million, in order, lose a hundredth of their sum."""
 _ADDED = _SLICE / 4 + 4
@@ -51,15 +51,17 @@ def hidden(count: int, dtype: torch.dtype) -> float:
     return count * torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
-def upwards(squares: Tensor, largest: Tensor, *, by_gram: bool = False) -> Tensor:
+def upwards(squares: Tensor, largest: Tensor, *, summed: int = 1, by_gram: bool = False) -> Tensor:
     """Squared norms, with what rounding may have taken from them, and what it may add to the weighted sum, whose order differs.
 
-    largest: the norms if nothing cancelled. by_gram: the squares themselves are sums of products that cancel.
+    largest: the norms if nothing cancelled. summed: of how many products a coordinate of the gradient is the sum, when the
+    weighted sum is made; twice as many where another such sum was measured. A sum of n numbers, in any order, loses at most n
+    half epsilons of what they are without their signs. by_gram: the squares themselves are sums of products that cancel.
     """
-    lost = _LOST * torch.finfo(squares.dtype).eps
+    eps = torch.finfo(squares.dtype).eps
     if by_gram:
-        squares = squares + lost * largest.square()
-    return (squares.sqrt() + lost * largest).square()
+        squares = squares + _LOST * eps * largest.square()
+    return (squares.sqrt() + (_LOST + summed / 2) * eps * largest).square()
 
 
 def _by_slices(rows: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from privgrad.gradients.contract import (
     trainable,
 )
 from privgrad.gradients.folding import Folding
-from privgrad.gradients.loss import WithLoss, buffers_kept, hooked, nothing_in_grad
+from privgrad.gradients.loss import WithLoss, hooked, nothing_in_grad, nothing_kept
 from privgrad.gradients.memory import Saved, Workspace, even, rows_of
 from privgrad.gradients.rules import ALWAYS, RULES
 from privgrad.gradients.streamed import StreamedEngine
@@ -104,7 +104,7 @@ class OnePassEngine:
                         f"the one-pass engine cannot go on with this model, in the midst of a step: {reason}; let an autograd "
                         "function of your own return a new tensor (grad * factor, not grad.mul_(factor))"
                     ) from None
-                self._slower = self._fall_back(module, part, str(reason))
+                self._slower = self._fall_back(module, part, str(reason), alone=reason.alone)
                 self._slower.accumulate(model, loss_fn, part)
 
     def multiplied_out(self, model: nn.Module, loss_fn: LossFn, request: Request, rows: int) -> float:
@@ -151,12 +151,17 @@ class OnePassEngine:
             catching = Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0])
             try:
                 with catching:
-                    return module(one).squeeze(0)
+                    result = module(one).squeeze(0)
             finally:
                 catching.scope.close()
+            if catching.operator is not None:
+                raise NotCoveredError(
+                    f"{catching.operator} raises an exception that its forward pass catches", alone=True
+                )
+            return result
 
         way = as_if_compiled() if self._as_compiled else nullcontext()
-        with buffers_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), way:
+        with nothing_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), way:
             try:
                 losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
             except (NotCoveredError, PrivgradError, torch.OutOfMemoryError):
@@ -176,7 +181,7 @@ class OnePassEngine:
         device = next(module.parameters()).device
         rows = 1 if request.fold.is_identity else 2
         trial = trial_of(unmasked(request, parameters), rows)
-        reason = ""
+        reason, alone = "", False
         # The way for graphs is kept once it is taken: what is asked does not depend on the kind of request.
         for as_compiled in (True,) if self._as_compiled else (False, True):
             self._as_compiled = as_compiled
@@ -194,7 +199,8 @@ class OnePassEngine:
                 except (NotCoveredError, RuntimeError) as error:
                     cause = error.__cause__  # a RuntimeError says what vmap cannot run
                     reason = reason or reason_of(cause if isinstance(cause, RuntimeError) else error)
-        self._slower = self._fall_back(module, trial, reason)
+                    alone = alone or (isinstance(error, NotCoveredError) and error.alone)
+        self._slower = self._fall_back(module, trial, reason, alone=alone)
         return 1
 
     def _check_way(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> None:
@@ -223,14 +229,15 @@ class OnePassEngine:
         if not torch.allclose(found, expected, rtol=0.05, atol=0.01 * float(expected.max())):
             raise NotCoveredError("it computes something else while torch.compiler.is_compiling() is true")
 
-    def _fall_back(self, module: WithLoss, request: Request, reason: str) -> Engine:
-        """Choose the slower engine, and say so, once."""
+    def _fall_back(self, module: WithLoss, request: Request, reason: str, *, alone: bool = False) -> Engine:
+        """Choose the slower engine, and say so, once. alone: every row has to go through the model by itself."""
         slower: Engine = StreamedEngine()
         with unmoved_generators(next(module.parameters()).device):
             try:
                 # Whether vmap can run it is a matter of the model and of shapes: under vmap nothing can ask for a row's values.
-                norms_by_parameter(VmapEngine(1), module, request)
-                slower = VmapEngine(self.memory)
+                if not alone:
+                    norms_by_parameter(VmapEngine(1), module, request)
+                    slower = VmapEngine(self.memory)
             except (PrivgradError, RuntimeError):
                 pass
         warnings.warn(

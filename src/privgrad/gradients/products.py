@@ -26,6 +26,8 @@ _MULTIPLE = 32
 """Rows and positions, which differ from batch to batch, go in multiples of so many: oneDNN keeps half a MiB for each shape."""
 _NARROW = 16
 """A matrix with fewer rows or columns is near enough to a vector that memory decides, not registers."""
+_INNER = 128
+"""So many numbers of an inner product are added up in single precision: a norm that cancels is the last digits of a few."""
 
 Product = Callable[..., Tensor]
 
@@ -76,6 +78,22 @@ def batched_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> T
         if whole < count:
             place.addmm_(one[:, whole:], other[whole:])
     return out
+
+
+def gram(one: Tensor, other: Tensor) -> Tensor:
+    """[units, T, S], in double precision, of [units, T, n] and [units, S, n]: inner products over n, by slices of `_INNER`."""
+    slices = zip(torch.split(one, _INNER, 2), torch.split(other, _INNER, 2), strict=True)
+    first, *others = (torch.bmm(left, right.transpose(1, 2)) for left, right in slices)
+    total = first.double()
+    for product in others:
+        total += product
+    return total
+
+
+def added(places: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count, d] in double precision, of rows [..., d]: a million in single precision, in order, lose a tenth of their sum."""
+    total = torch.zeros(count, rows.shape[-1], device=rows.device, dtype=torch.float64)
+    return total.index_add_(0, places.flatten(), rows.flatten(0, -2).double())
 
 
 @cache

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Fold, LossFn, Request, Tree, accumulation_dtype, add_weighted, trainable
-from privgrad.gradients.loss import WithLoss, buffers_kept, nothing_in_grad
+from privgrad.gradients.loss import WithLoss, nothing_in_grad, nothing_kept
 
 
 class StreamedEngine:
@@ -78,7 +78,7 @@ class StreamedEngine:
         device = next(iter(parameters.values())).device
         batch: Tree = pytree.tree_map(lambda leaf: leaf[rows.to(leaf.device)], request.batch)
         versions = [parameter._version for parameter in module.parameters()]
-        with buffers_kept(module), torch.enable_grad():
+        with nothing_kept(module), torch.enable_grad():
             losses: Any = module(batch)
             factors = torch.ones_like(losses)
             if request.fold.scale is not None:
@@ -101,7 +101,8 @@ class StreamedEngine:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise PrivgradError(f"the model's gradient cannot be taken by torch.autograd.grad: {reason}") from error
-        return dict(zip(parameters, gradients, strict=True))
+        dense = (gradient.to_dense() if gradient.is_sparse else gradient for gradient in gradients)
+        return dict(zip(parameters, dense, strict=True))
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

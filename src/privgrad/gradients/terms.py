@@ -18,7 +18,7 @@ from torch import Tensor
 from privgrad.gradients.contract import weighted_sum
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.norms import TRUSTED, factors_of, hidden, norms_of, select, upwards
-from privgrad.gradients.products import batched_product, linear, weighted_product
+from privgrad.gradients.products import added, batched_product, gram, linear, weighted_product
 
 _TRAFFIC = 96
 """What writing and reading back a number costs, in floating point operations: measured on CPUs, and no less on GPUs."""
@@ -216,12 +216,6 @@ class MaskedProduct:
         return weighted_product(left, weights.to(left), right).mul_(self.mask)
 
 
-def _added(places: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, d] in double precision, of rows [..., d]: a million in single precision, in order, lose a tenth of their sum."""
-    total = torch.zeros(count, rows.shape[-1], device=rows.device, dtype=torch.float64)
-    return total.index_add_(0, places.flatten(), rows.flatten(0, -2).double())
-
-
 @dataclass
 class Lookup:
     """Rows of a table: index [units, T], right [units, T, d], gradient [count, d] = sum over T of onehot(index_t) right_t^T."""
@@ -232,12 +226,12 @@ class Lookup:
 
     def dense(self) -> Tensor:
         units, _, width = self.right.shape
-        table = self.right.new_zeros(units * self.count, width)
-        return table.index_add_(0, self._places(), self.right.flatten(0, 1)).view(units, self.count, width)
+        table = added(self._places(), self.right, units * self.count)
+        return table.to(self.right.dtype).view(units, self.count, width)
 
     def squares(self, mask: Tensor | None = None) -> Tensor:
         places, inverse = torch.unique(self._places(), return_inverse=True)
-        touched = _added(inverse, self.right, len(places))
+        touched = added(inverse, self.right, len(places))
         if mask is not None:
             touched.mul_(mask[places % self.count])
         squares = norms_of(touched).square()
@@ -248,7 +242,7 @@ class Lookup:
         right = select(self.right, dropped) * weights.to(self.right).view(-1, 1, 1)
         places, inverse = torch.unique(self.index, return_inverse=True)
         table = right.new_zeros(self.count, right.shape[2])
-        table[places] = _added(inverse, right, len(places)).to(table)
+        table[places] = added(inverse, right, len(places)).to(table)
         return table
 
     def cut(self, rows: Tensor) -> Lookup:
@@ -353,17 +347,16 @@ def combined(terms: Sequence[Term]) -> Term:
 
 
 def _inner(one: Outer | Lookup, other: Outer | Lookup) -> Tensor:
-    """[units]: the inner products of two terms' gradients, from Gram matrices over their positions."""
+    """[units], in double precision: the inner products of two terms' gradients, from Gram matrices over their positions."""
     if isinstance(one, Lookup):
         if isinstance(other, Outer):
             return _inner(other, one)
-        left = (one.index[:, :, None] == other.index[:, None, :]).to(one.right)
+        left = (one.index[:, :, None] == other.index[:, None, :]).double()
     elif isinstance(other, Lookup):
-        left = one.left.gather(2, other.index[:, None, :].expand(-1, one.left.shape[1], -1))
+        left = one.left.gather(2, other.index[:, None, :].expand(-1, one.left.shape[1], -1)).double()
     else:
-        left = torch.bmm(one.left, other.left.transpose(1, 2))
-    right = torch.bmm(one.right, other.right.transpose(1, 2))
-    inner: Tensor = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+        left = gram(one.left, other.left)
+    inner: Tensor = torch.linalg.vecdot(left.flatten(1), gram(one.right, other.right).flatten(1))
     return inner
 
 
@@ -384,7 +377,10 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
     """
     lengths = [_largest(term) for term in terms]
     largest = reduce(torch.add, (seen for seen, _ in lengths))
-    rounded = upwards(squares, reduce(torch.add, (most for _, most in lengths)), by_gram=True)
+    squares = squares.to(largest.dtype)
+    # A table's sums are in double precision.
+    summed = max((term.left.shape[1] for term in terms if isinstance(term, Outer)), default=1)
+    rounded = upwards(squares, reduce(torch.add, (most for _, most in lengths)), summed=summed, by_gram=True)
     for unit in (squares < TRUSTED * largest.square()).nonzero().flatten().tolist():
         part = slice(unit, unit + 1)
         gradient = reduce(
@@ -396,5 +392,5 @@ def _trusted(squares: Tensor, terms: Sequence[Outer | Lookup]) -> Tensor:
                 for term in terms
             ),
         )
-        rounded[unit] = upwards(norms_of(gradient)[0].square(), largest[unit])
+        rounded[unit] = upwards(norms_of(gradient)[0].square(), largest[unit], summed=2 * summed)
     return rounded

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
+from privgrad.gradients.batched import Swallowed
 from privgrad.gradients.catching import uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import (
@@ -25,7 +26,7 @@ from privgrad.gradients.contract import (
     add_weighted,
     trainable,
 )
-from privgrad.gradients.loss import WithLoss
+from privgrad.gradients.loss import WithLoss, nothing_kept
 from privgrad.gradients.memory import rows_within
 
 
@@ -56,7 +57,10 @@ class VmapEngine:
         buffers = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
         if self._rows_per_chunk is None:
             row = pytree.tree_map(lambda leaf: leaf[:1], request.batch)
-            self._rows_per_chunk = rows_within(self.memory, module, row, sum(p.numel() for p in parameters.values()))
+            with nothing_kept(module):
+                self._rows_per_chunk = rows_within(
+                    self.memory, module, row, sum(p.numel() for p in parameters.values())
+                )
         dtype = accumulation_dtype(model)
         for batch, fold in chunks(request.batch, request.fold, self._rows_per_chunk):
             row_gradients = _row_gradients(module, originals, parameters, buffers, batch)
@@ -76,20 +80,28 @@ def _row_gradients(
 ) -> dict[str, Tensor]:
     """{parameter: [rows, *shape]}: each row through the model as a batch of one."""
 
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
+
     def loss(values: dict[str, Tensor], row: Tree) -> Any:
         one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
-        return torch.func.functional_call(module, {**values, **buffers}, (one,)).sum()
+        return torch.func.functional_call(module, {**values, **copies}, (one,)).sum()
 
     per_row = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
     try:
         gradients: dict[str, Tensor]
-        gradients, losses = per_row(dict(parameters), batch)
+        with nothing_kept(module), Swallowed() as swallowed:
+            gradients, losses = per_row(dict(parameters), batch)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise PrivgradError(
             f"the vmap engine cannot take per-example gradients of this model: {reason}. In-place changes of buffers "
             "(BatchNorm in train mode) and some fused operators (LSTM, GRU) are the usual cause"
         ) from error
+    if swallowed.operator is not None:
+        raise PrivgradError(
+            f"the vmap engine cannot take per-example gradients of this model: {swallowed.operator} raises an exception for some "
+            "row, and the model goes on with all of them in another way; use StreamedEngine"
+        )
     # Of a model whose parameters are all swapped nothing is left that autograd knows.
     left = uncovered(losses, originals)
     if left is not None:

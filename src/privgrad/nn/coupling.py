@@ -19,7 +19,7 @@ from privgrad.gradients.loss import WithLoss
 from privgrad.nn.finding import Finding, refuse_coupling, refuse_memory
 from privgrad.nn.inspection import Inspection, NotFiniteError
 from privgrad.nn.probe import Probe
-from privgrad.nn.state import named, undisturbed
+from privgrad.nn.state import generators_of, named, undisturbed
 from privgrad.nn.subject import ROWS, Draw, Subject, reason
 
 _FIRST, _SECOND = Draw(seed=1, keep_all=True), Draw(seed=2, keep_all=False)
@@ -60,7 +60,7 @@ def find_memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Finding
     """What model and loss would remember of one group of records when the next one comes, or when the model is stored.
 
     For plans that clip groups, whose records may couple. Buffers are left out where engines put them back after each group
-    (`gradients.loss.buffers_kept`): not those of scripted modules, nor of modules that only the loss function holds.
+    (`gradients.loss.nothing_kept`): not those of scripted modules, nor of modules that only the loss function holds.
 
     Guarantee, errors: as `find_coupling`.
     """
@@ -117,6 +117,10 @@ class CouplingGuard:
         if modes not in self._forgetting:
             refuse_memory(find_memory(self._model, self._loss_fn, self._probe))
             self._forgetting.add(modes)
+
+    def generators(self) -> list[torch.Generator]:
+        """The random generators of torch that model and loss hold."""
+        return generators_of(named(self._model, self._loss_fn), self._loss_fn)
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._modules)

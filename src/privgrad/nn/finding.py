@@ -65,6 +65,12 @@ def kept(modules: Mapping[str, nn.Module], name: str, attributes: list[str]) -> 
     return Finding(_place(modules, name), f"{', '.join(attributes)} would take up the records, un-noised", way)
 
 
+def counted(modules: Mapping[str, nn.Module], name: str, attributes: list[str]) -> Finding:
+    """A module goes on from what its last forward pass left, as a counter does."""
+    what = f"{', '.join(attributes)} would go on from one forward pass to the next, whose number follows from private records"
+    return Finding(_place(modules, name), what, "set it from outside, between two steps, and leave it alone in forward")
+
+
 def refuse_coupling(findings: Iterable[Finding]) -> None:
     """Raise one line about the findings, if there are any.
 

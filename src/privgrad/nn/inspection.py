@@ -10,7 +10,7 @@ from torch import Tensor
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Tree
 from privgrad.nn.blame import View, culprits_backward, culprits_forward, reaches_others
-from privgrad.nn.finding import ALONE, GRADIENT, LOSS, OUTPUT, Finding, in_either, in_loss, in_module, kept
+from privgrad.nn.finding import ALONE, GRADIENT, LOSS, OUTPUT, Finding, counted, in_either, in_loss, in_module, kept
 from privgrad.nn.state import Slot, same
 from privgrad.nn.subject import (
     ROWS,
@@ -46,6 +46,7 @@ class Inspection:
         self.losses = self.reference.losses.detach()
         self.scale = largest_of([self.losses])
         self.taken_up: set[Slot] = set()
+        self.counted: set[Slot] = set()
         if not bool(self.losses.isfinite().all()):
             raise NotFiniteError("the losses are not finite (NaN or infinity)")
 
@@ -146,7 +147,12 @@ class Inspection:
         for first in (self.batch, self.others, only_row(self.batch, 0)):
             with contextlib.suppress(Exception):  # a layer that couples may not take one record
                 self.subject.run(first, self.draw)
-            left.append(self.subject.run(self.batch, self.draw, restore=False).changes)
+            after = self.subject.run(self.batch, self.draw, restore=False)
+            left.append(after.changes)
+            if first is self.batch and differ(self.losses, after.losses.detach(), self.subject.same_shape):
+                # Attributes are put back after each pass, tensors without a word; a number is a schedule that would stand still.
+                moved = _different(self.reference.changes, after.changes, registered=False)
+                self.counted = {slot for slot in moved if not isinstance(after.changes.get(slot), Tensor)}
         for other in left[1:]:
             self.taken_up |= _different(left[0], other, registered=False)
 
@@ -178,15 +184,16 @@ class Inspection:
 
     def remembered(self, put_back: Collection[tuple[str, str]]) -> list[Finding]:
         """What has taken up records in the runs so far, but for the (module, attribute)s that somebody puts back."""
-        by_module = {
-            name: [
-                slot.attribute
-                for slot in sorted(self.taken_up)
-                if slot.module == name and (name, slot.attribute) not in put_back
-            ]
-            for name in self.subject.modules
-        }
-        return [kept(self.subject.modules, name, attributes) for name, attributes in by_module.items() if attributes]
+        found = []
+        for slots, words in ((self.taken_up, kept), (self.counted - self.taken_up, counted)):
+            for name in self.subject.modules:
+                attributes = [
+                    slot.attribute
+                    for slot in sorted(slots)
+                    if slot.module == name and (name, slot.attribute) not in put_back
+                ]
+                found += [words(self.subject.modules, name, attributes)] if attributes else []
+        return found
 
 
 def _different(one: Mapping[Slot, object], other: Mapping[Slot, object], *, registered: bool) -> set[Slot]:

@@ -6,7 +6,7 @@ import functools
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -67,6 +67,23 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
+
+
+def generators_of(modules: Mapping[str, nn.Module], loss_fn: Callable[..., Any]) -> list[torch.Generator]:
+    """torch's random generators that modules hold, in containers too, or the loss function."""
+    held = [value for module in modules.values() for value in _own(module).values()]
+    closure = getattr(loss_fn, "__closure__", None) or ()
+    queue = [*held, *(_content(cell) for cell in closure), *getattr(loss_fn, "__dict__", {}).values()]
+    found: dict[int, torch.Generator] = {}
+    seen: set[int] = set()
+    while queue:
+        value = queue.pop()
+        if isinstance(value, torch.Generator):
+            found[id(value)] = value
+        elif isinstance(value, _CONTAINERS) and id(value) not in seen and len(value) <= _LARGE:
+            seen.add(id(value))
+            queue += value.values() if isinstance(value, dict) else value
+    return list(found.values())
 
 
 class Snapshot:
@@ -197,14 +214,17 @@ def devices_of(modules: Mapping[str, nn.Module]) -> list[torch.device]:
 
 
 @contextmanager
-def same_randomness(devices: list[torch.device]) -> Iterator[None]:
-    """Torch's, numpy's and Python's random states are afterwards what they were before."""
+def same_randomness(devices: list[torch.device], generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Torch's, numpy's and Python's random states are afterwards what they were before, and those of `generators`."""
+    own = [generator.get_state() for generator in generators]
     cuda = [device for device in devices if device.type == "cuda"]
     states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
     others = numpy.random.get_state(), random.getstate()
     try:
         yield
     finally:
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)
         torch.set_rng_state(states[0])
         for device, state in zip(cuda, states[1], strict=True):
             torch.cuda.set_rng_state(state, device)

@@ -278,11 +278,15 @@ class Private:
         """Dropout and augmentation draw from a seed of this step, and leave the state of the process's generators as it was.
 
         How much is drawn follows the size of a private batch: from generators whose seed is known, one record more would change
-        the masks of all others, and their state (in a checkpoint) would tell the size.
+        the masks of all others, and their state (in a checkpoint) would tell the size. So do generators that the model holds.
         """
         devices = sorted({parameter.device for parameter in self._parameters.values()}, key=str)
-        with same_randomness(devices):
-            seed_all(_seed(source.at(self.ledger.count + 1)), devices)
+        generators = self._coupling.generators()
+        with same_randomness(devices, generators):
+            drawn = source.at(self.ledger.count + 1).integers(1 + len(generators), 2**53)
+            seed_all(int(drawn[0]), devices)
+            for generator, seed in zip(generators, drawn[1:].tolist(), strict=True):
+                generator.manual_seed(seed)
             yield
 
     def _fill(self, release: Release) -> None:

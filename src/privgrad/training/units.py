@@ -109,8 +109,8 @@ def units_of(dataset: Dataset[Any], protects: Protects, keys: Keys | None) -> Un
     """The units that a plan protects, in a data set whose rows have `keys`.
 
     Raises:
-        PrivgradError: keys without a plan for users, or the other way round; another number of keys than rows; keys that could tell one user
-            from itself (objects, NaN, text and numbers side by side).
+        PrivgradError: keys without a plan for users, or the other way round; another number of
+            keys than rows; keys that could tell one user from itself (objects, NaN, text and numbers side by side).
     """
     size = size_of(dataset)
     if not isinstance(protects, User):

@@ -18,6 +18,7 @@ from privgrad.gradients.collector import Weight
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.norms import TRUSTED, hidden, select, upwards, wide
 from privgrad.gradients.precision import exact_convolutions
+from privgrad.gradients.products import gram
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
 from privgrad.gradients.terms import Rows, Share, Take, Term
@@ -100,16 +101,18 @@ class Convolution:
 
     def _gram_squares(self) -> Tensor:
         left, right = self._positions(self.gradient), windows.gram(self.inputs, self.geometry)
-        squares: Tensor = torch.linalg.vecdot(torch.bmm(left.transpose(1, 2), left).flatten(1), right.flatten(1))
+        rows_gram = gram(left.transpose(1, 2), left.transpose(1, 2))
+        squares: Tensor = torch.linalg.vecdot(rows_gram.flatten(1), right.double().flatten(1)).to(left.dtype)
         # Nothing cancels between a position's window and itself: its length is the diagonal.
         rows, columns = left.square().sum(1), right.diagonal(dim1=1, dim2=2).clamp(min=0)
         longest = (rows * columns).sqrt().sum(1)
         images, (channels, *window) = self.geometry.images, self.geometry.shape
         rows, columns = rows + hidden(channels, left.dtype), columns + hidden(math.prod(window), left.dtype)
-        rounded = upwards(squares, (rows * columns).sqrt().sum(1), by_gram=True)
+        summed = left.shape[2]
+        rounded = upwards(squares, (rows * columns).sqrt().sum(1), summed=summed, by_gram=True)
         for unit in (squares < TRUSTED * longest.square()).nonzero().flatten().tolist():
             again = Rows(self._part(unit * images, (unit + 1) * images).dense()).squares()
-            rounded[unit] = upwards(again[0], longest[unit])
+            rounded[unit] = upwards(again[0], longest[unit], summed=2 * summed)
         return rounded
 
     def _part(self, first: int, last: int) -> Convolution:
