@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 
 import numpy
@@ -37,7 +38,9 @@ class Base(nn.Module):
 class Counting(Base):
     """The sign goes by the number of calls."""
 
-    calls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
 
     def factor(self, inputs: Tensor) -> float:
         self.calls += 1
@@ -71,8 +74,13 @@ class Listing(Base):
 
 
 def engine_of(kind: type) -> Engine:
-    """In chunks of one record or a few."""
-    made: Engine = kind() if kind is StreamedEngine else kind(1)
+    """In chunks of five or six records."""
+    engines = {
+        OnePassEngine: lambda: OnePassEngine(128),
+        VmapEngine: lambda: VmapEngine(1024),
+        StreamedEngine: StreamedEngine,
+    }
+    made: Engine = engines[kind]()
     return made
 
 
@@ -87,14 +95,15 @@ def total(model: nn.Module, engine: Engine, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("model", [Counting, Python, Numpy, Listing])
 def test_no_record_moves_what_the_others_add(model: type[Base], kind: type) -> None:
     """The number of forward passes follows from the number of records: a record more must not be another coin for all."""
-    for seed in range(4):
+    for seed in range(3):
         totals = []
-        for count in (40, 41):
+        for count in range(1, 12):
             random.seed(seed)
             numpy.random.seed(seed)
             torch.manual_seed(0)
             totals.append(total(model(), engine_of(kind), torch.ones(count, 4)))
-        assert float((totals[1] - totals[0]).norm()) <= 1 + 1e-5
+        moved = [float((one - other).norm()) for one, other in itertools.pairwise(totals)]
+        assert max(moved) <= 1 + 1e-5
 
 
 class Keeping(nn.Module):

@@ -33,6 +33,7 @@ SUMS = "tests/gradients/test_sums.py"
 CHOICE = "tests/gradients/test_choice.py"
 CLIPPING = "tests/mechanism/test_clipping.py"
 NORMS = "tests/gradients/test_norms.py"
+KEPT = "tests/gradients/test_nothing_kept.py"
 NOISE = "tests/mechanism/test_noise.py"
 PLAN = "tests/mechanism/test_plan.py"
 SAMPLING = "tests/mechanism/test_sampling.py"
@@ -266,8 +267,8 @@ MUTANTS = (
     Mutant(
         "one tensor is left out of the norm",
         "gradients/contract.py",
-        "for slot in slots]).sum(0) for slots in request.blocks",
-        "for slot in slots[:1]]).sum(0) for slots in request.blocks",
+        "for slot in slots]).double().norm(dim=0) for slots in request.blocks]",
+        "for slot in slots[:1]]).double().norm(dim=0) for slots in request.blocks]",
         (VMAP, FRAME),
     ),
     Mutant(
@@ -295,8 +296,8 @@ MUTANTS = (
     Mutant(
         "the uses of a tied weight are normed one by one",
         "gradients/terms.py",
-        "left = torch.bmm(one.left, other.left.transpose(1, 2))",
-        "left = torch.bmm(one.left, other.left.transpose(1, 2)) * torch.eye(one.left.shape[1])",
+        "left = gram(one.left, other.left)",
+        "left = gram(one.left, other.left) * torch.eye(one.left.shape[1])",
         (OPERATORS,),
     ),
     Mutant(
@@ -414,14 +415,14 @@ MUTANTS = (
     Mutant(
         "a table's rows are added up in single precision",
         "gradients/terms.py",
-        "        table = _added(self._places(), self.right, units * self.count)\n",
+        "        table = added(self._places(), self.right, units * self.count)\n",
         "        table = self.right.new_zeros(units * self.count, width)\n"
         "        table.index_add_(0, self._places(), self.right.flatten(0, 1))\n",
         (f"{NORMS}::test_a_tied_table",),
     ),
     Mutant(
         "inner products of a Gram matrix are added up in one",
-        "gradients/terms.py",
+        "gradients/products.py",
         "_INNER = 128",
         "_INNER = 2**30",
         (f"{NORMS}::test_a_gram_matrix_of_many_equal_numbers",),
@@ -432,6 +433,69 @@ MUTANTS = (
         "len(request.blocks), device=device, dtype=torch.float64)",
         "len(request.blocks), device=device, dtype=dtype)",
         (f"{NORMS}::test_the_squares_of_many_weights",),
+    ),
+    Mutant(
+        "attributes are not put back after a forward pass",
+        "gradients/loss.py",
+        "            vars(owner).update(values)\n",
+        "            pass\n",
+        (KEPT,),
+    ),
+    Mutant(
+        "new attributes stay after a forward pass",
+        "gradients/loss.py",
+        "            for key in _attributes(owner).keys() - values.keys():",
+        "            for key in ():",
+        (KEPT,),
+    ),
+    Mutant(
+        "containers are not put back after a forward pass",
+        "gradients/loss.py",
+        "        for container, items in contents.values():",
+        "        for container, items in ():",
+        (KEPT,),
+    ),
+    Mutant(
+        "coins of numpy are thrown anew for every chunk",
+        "gradients/loss.py",
+        "        numpy.random.set_state(random_states[0])",
+        "        pass",
+        (KEPT,),
+    ),
+    Mutant(
+        "coins of Python are thrown anew for every chunk",
+        "gradients/loss.py",
+        "        random.setstate(random_states[1])",
+        "        pass",
+        (KEPT,),
+    ),
+    Mutant(
+        "exceptions that a model keeps to itself are not seen",
+        "gradients/batched.py",
+        "            if self.operator is None and (",
+        "            if False and (",
+        (KEPT,),
+    ),
+    Mutant(
+        "a computed weight may change between two uses",
+        "gradients/catching.py",
+        "if known is not None and known.tensor._version != known.version and known.expected:",
+        "if False:",
+        (KEPT,),
+    ),
+    Mutant(
+        "a generator of the model's own keeps its known seed",
+        "training/private.py",
+        "                generator.manual_seed(seed)",
+        "                pass",
+        ("tests/training/test_randomness.py::test_a_generator_that_the_model_holds_tells_nothing_and_is_told_nothing",),
+    ),
+    Mutant(
+        "a generator of the model's own goes on after a step",
+        "nn/state.py",
+        "            generator.set_state(state)\n        torch.set_rng_state(states[0])",
+        "            pass\n        torch.set_rng_state(states[0])",
+        ("tests/training/test_randomness.py::test_a_generator_that_the_model_holds_tells_nothing_and_is_told_nothing",),
     ),
     Mutant(
         "keys are compared by identity",
@@ -1100,7 +1164,7 @@ MUTANTS = (
     Mutant(
         "dropout draws from the published seed",
         "training/private.py",
-        "            seed_all(_seed(source.at(self.ledger.count + 1)), devices)\n",
+        "            seed_all(int(drawn[0]), devices)\n",
         "",
         ("tests/training/test_randomness.py",),
     ),
@@ -1121,8 +1185,8 @@ MUTANTS = (
     Mutant(
         "the generators' state tells the size of private batches",
         "training/private.py",
-        "        with same_randomness(devices):\n            seed_all",
-        "        if True:\n            seed_all",
+        "        with same_randomness(devices, generators):\n",
+        "        if True:\n",
         ("tests/training/test_randomness.py",),
     ),
     Mutant(

@@ -485,3 +485,22 @@ def test_a_refused_run_writes_nothing(tmp_path: Any) -> None:
             quiet=True,
         )
     assert not (tmp_path / "run").exists()
+
+
+class Annealed(nn.Module):
+    """A temperature that falls with every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(6, 3), 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(inputs) / (1 + 0.1 * self.calls)
+
+
+def test_a_schedule_by_the_number_of_calls_is_refused() -> None:
+    """It would stand still, or follow the number of private records."""
+    (finding,) = found(Annealed())
+    assert "calls would go on from one forward pass to the next" in str(finding)
+    assert "set it from outside, between two steps" in str(finding)

@@ -95,3 +95,40 @@ def test_workers_draw_from_a_secret_seed_too() -> None:
     _, first, _ = trained(None, steps=2, workers=1)
     _, second, _ = trained(None, steps=2, workers=1)
     assert not torch.equal(first, second)
+
+
+class OwnGenerator(nn.Module):
+    """Draws signs from a generator of its own, in a container, whose seed everybody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.held = {"generator": torch.Generator().manual_seed(0)}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs)
+        signs = 2 * (torch.rand(outputs.shape, generator=self.held["generator"]) < 0.5).to(outputs) - 1
+        return (outputs * signs).sum(1)
+
+
+def test_a_generator_that_the_model_holds_tells_nothing_and_is_told_nothing() -> None:
+    """From a known seed, a record more would change the signs of all that come after it, in this and all later steps."""
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = OwnGenerator()
+        before = model.held["generator"].get_state()
+        plan = pg.Plan(
+            sampling=pg.FullBatch(divisor=1.0),
+            steps=2,
+            clipping=pg.FlatClipping(max_norm=1e3),
+            noise=pg.GaussianNoise(multiplier=0.0),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = torch.utils.data.TensorDataset(torch.randn(9, 4))
+        private = pg.make_private(model, optimizer, data, plan, lambda model, batch: model(batch[0]))
+        for batch in private.batches():
+            private.step(batch)
+            assert torch.equal(model.held["generator"].get_state(), before)
+        weights.append(model.layer.weight.detach().clone())
+    assert not torch.equal(*weights)
