@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -217,3 +219,16 @@ def test_normals_are_drawn_for_other_devices_too() -> None:
     """Of devices without values ("meta"), as of a GPU: the keystream is the processor's, and what it makes is copied."""
     out = torch.empty(2**16 + 3, device="meta")
     assert SecureSource().normal_(out) is out
+
+
+def test_a_forked_process_has_a_key_of_its_own() -> None:
+    """With its parent's, it would add the same noise to another sum: their difference would be without any."""
+    source = SecureSource()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, source.normal_(torch.empty(4)).numpy().tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    drawn = torch.frombuffer(bytearray(os.read(reading, 16)), dtype=torch.float32)
+    assert not torch.equal(drawn, source.normal_(torch.empty(4)))

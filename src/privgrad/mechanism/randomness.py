@@ -1,6 +1,6 @@
 """Random numbers that privacy rests on: a cryptographic keystream, whose key is the system's, or on request a seed's.
 
-Noise and sampling each have a source of their own. The secure key is fresh at every process start and never stored; a
+Noise and sampling each have a source of their own. The secure key is fresh in every process, forked ones too, and never stored; a
 seeded key belongs to the plan and the charged step, so that no noise is ever added to two different sums of a training.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import weakref
 from typing import Protocol
 
 import torch
@@ -44,6 +45,18 @@ class Source(Protocol):
         ...
 
 
+_secure: weakref.WeakSet[SecureSource] = weakref.WeakSet()
+
+
+def _renew_in_child() -> None:
+    """A forked process has a copy of every key: with it, it would add its parent's noise to sums of its own."""
+    for source in list(_secure):
+        source.renew()
+
+
+os.register_at_fork(after_in_child=_renew_in_child)
+
+
 class SecureSource:
     """AES-256 in counter mode (the `cryptography` package), keyed by the operating system.
 
@@ -51,6 +64,11 @@ class SecureSource:
     """
 
     def __init__(self) -> None:
+        self.renew()
+        _secure.add(self)
+
+    def renew(self) -> None:
+        """Take a new key."""
         self._begin(os.urandom(32), os.urandom(16))
 
     def _begin(self, key: bytes, nonce: bytes) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from privgrad.errors import PrivgradError, nearest
+from privgrad.errors import PrivgradError, RefusedError, nearest
 from privgrad.gradients.contract import Tree
 from privgrad.training.batches import taker
+from privgrad.training.public import inputs_in_memory, is_part_of
 
 DECLARATIONS = ("public", "held-out")
 
@@ -39,10 +40,21 @@ def check_declared(declared: object) -> None:
         raise PrivgradError(f"data.test is {declared!r}; {nearest(str(declared), DECLARATIONS)}")
 
 
-def check_split(split: object) -> None:
-    """Refuse, before anything is charged, a split on which accuracy could not be measured."""
+def check_split(split: object, private: Dataset[Any]) -> None:
+    """Refuse, before anything is charged, a split on which accuracy could not be measured, or that is the private data.
+
+    Raises:
+        PrivgradError: no split, or records without a class.
+        RefusedError: the split is made of private records (looked for where both are held in memory).
+    """
     if not isinstance(split, DeclaredSplit):
         raise PrivgradError(f"test is a {type(split).__name__}; expected DeclaredSplit(dataset, declared='held-out')")
+    held = inputs_in_memory(split.dataset)
+    if split.dataset is private or (held is not None and is_part_of(private, held)):
+        raise RefusedError(
+            f"the split {split.name!r} is made of the private records, whose accuracy would leave un-noised; give other records, "
+            "or ask for it by name: disclose = ['training_accuracy'] in the plan"
+        )
     batch = next(_in_order(split.dataset, 1), None)
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
         raise PrivgradError(

@@ -95,7 +95,7 @@ class Trainer:
         probe: Tree = None,
     ) -> None:
         if test is not None:
-            check_split(test)
+            check_split(test, dataset)
         if averaging is not None and not isinstance(averaging, ExponentialAverage):
             raise PrivgradError(f"averaging is {averaging!r}; expected ExponentialAverage(decay=0.95), or None")
         keys = keys if keys is None or isinstance(keys, Tensor) else list(keys)  # read more than once
