@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from privgrad.cli import compare as compare_module
+from privgrad.cli.config import read_config
 from privgrad.files import file_digest
 from privgrad.report.comparison import Cell, rows_of
 from privgrad.training.run import Run
@@ -236,3 +237,16 @@ def test_a_training_that_stopped_before_its_first_step_is_begun_again(plans: Pat
     said = say("compare", plans / "fast.toml", "--seeds", "2", "--resume", "--out", out, "--json")
     assert said.code == 0, said.err
     assert said.json["trainings"] == 2
+
+
+def test_trainings_with_a_seed_have_each_noise_of_its_own(plans: Path, tmp_path: Path) -> None:
+    """With one seed for all, the difference of two releases would be that of two sums, without any noise."""
+    out = tmp_path / "out"
+    said = say("compare", plans, "--seeds", "2", "--out", out, "--set", "plan.noise.insecure_seed=7", "--json")
+    assert said.code == 0, said.err
+    seeds = {read_config(file)["plan"]["noise"]["insecure_seed"] for file in out.glob("*/seed-*/config.toml")}
+    assert len(seeds) == 4
+    again = tmp_path / "again"
+    assert say("compare", plans, "--seeds", "2", "--out", again, "--set", "plan.noise.insecure_seed=7").code == 0
+    for run in ("fast/seed-0", "slow/seed-1"):
+        assert file_digest(out / run / "model.safetensors") == file_digest(again / run / "model.safetensors")

@@ -79,7 +79,9 @@ def audit(
         typer.Option(help="step: trials in each world; one-run: canaries; membership: records of each kind."),
     ] = None,
     confidence: Annotated[float, typer.Option(help="Of the lower bound that is printed.")] = 0.95,
-    picture: Annotated[Path | None, typer.Option(help="An SVG; in the run directory by default.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="An SVG; in the run directory by default (of membership: none).")
+    ] = None,
     settings: Settings = None,
     json: Json = False,
 ) -> None:
@@ -94,7 +96,9 @@ def audit(
         check_count("--trials", trials, at_least=20, at_most=10**8)
     subject = _subject(target, settings or [])
     found = KINDS[kind](subject, trials, confidence)
-    path = picture or (None if subject.run is None else subject.run.directory / f"audit-{kind}.svg")
+    # Of membership, it shows private records without noise: never where a certificate speaks for everything.
+    beside = subject.run is not None and kind != "membership"
+    path = picture or (subject.run.directory / f"audit-{kind}.svg" if subject.run is not None and beside else None)
     if path is not None:
         try:
             write_atomically(path, to_svg(found.picture))

@@ -115,6 +115,30 @@ def build_data(config: Config) -> Source:
     return source
 
 
+def check_units(config: Config, plan: Plan) -> None:
+    """Refuse to read the data of a run that goes on in other units than its plan has: who counts as one follows from these.
+
+    Raises:
+        PrivgradError: the configuration was changed since.
+    """
+    stated: dict[str, Any] = {
+        "plan.protects": stage_from_json("protects", config["plan"]["protects"]),
+        "privacy.adjacency": _adjacency(config),
+        "plan.sampling.kind": config["plan"]["sampling"]["kind"],
+    }
+    planned = {
+        "plan.protects": plan.protects,
+        "privacy.adjacency": plan.adjacency,
+        "plan.sampling.kind": plan.to_json()["sampling"]["kind"],
+    }
+    changed = [name for name, value in planned.items() if stated[name] != value]
+    if changed:
+        raise PrivgradError(
+            f"config.toml and plan.json of the run differ in {', '.join(changed)}; put config.toml back as it was when the run "
+            "began"
+        )
+
+
 def build_public(config: Config, private: Source) -> Dataset[Any] | None:
     """The data of [public]: generated, or read as [data] is; None where none are given.
 

@@ -160,7 +160,7 @@ def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     if file.exists():
         return _finished(file)
     run = Run(file.parent)
-    config = {**config, "training": {**config["training"], "seed": seed}}
+    config = _seeded(config, plan, seed)
     begun = time.monotonic()
     with _told(plan, seed):
         before = read_ledger(run.ledger).count if run.begun else 0
@@ -171,6 +171,18 @@ def _cell(directory: Path, plan: str, config: Config, seed: int) -> Cell:
     cell = Cell(plan, seed, result.epsilon, result.delta, result.steps, result.test_accuracy, seconds)
     write_atomically(file, json.dumps(plain(asdict(cell))) + "\n")
     return cell
+
+
+def _seeded(config: Config, plan: str, seed: int) -> Config:
+    """The configuration of one training. Where noise comes from a seed, each has another: equal noise would cancel."""
+    noise = dict(config["plan"]["noise"])
+    if noise.get("insecure_seed") is not None:
+        noise["insecure_seed"] = int(digest([noise["insecure_seed"], plan, seed])[:12], 16)
+    return {
+        **config,
+        "plan": {**config["plan"], "noise": noise},
+        "training": {**config["training"], "seed": seed},
+    }
 
 
 def _finished(file: Path) -> Cell:

@@ -20,6 +20,7 @@ from privgrad.cli.build import (
     build_plan,
     build_public,
     check_schedule,
+    check_units,
     units_in,
 )
 from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
@@ -115,6 +116,12 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     check_declared(config["data"]["test"])
     device = build_device(config)
     engine = build_engine(config)
+    earlier = None
+    if resume and out is not None:
+        earlier = Plan.from_json(read_json(Run(out).plan), own=True).with_seed(
+            config["plan"]["noise"].get("insecure_seed")
+        )
+        check_units(config, earlier)
     source = build_data(config)
     run = Run(out or _new_directory(source.name))
     split = DeclaredSplit(source.test, config["data"]["test"])
@@ -122,11 +129,7 @@ def run_training(config: Config, out: Path | None, *, resume: bool) -> Result:
     model = build_model(config["model"]["name"], source.input_shape, source.classes, config["model"]["arguments"])
     model.to(device)
     optimizer, schedule = build_optimizer(config, model)
-    if resume:
-        seed = config["plan"]["noise"].get("insecure_seed")
-        plan = Plan.from_json(read_json(run.plan), own=True).with_seed(seed)
-    else:
-        plan = build_plan(config, units_in(source))
+    plan = build_plan(config, units_in(source)) if earlier is None else earlier
     check_schedule(config, plan.steps)
     _warn(plan, units_in(source))
     try:

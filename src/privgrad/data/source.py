@@ -23,7 +23,7 @@ from privgrad.data.records import Records
 from privgrad.data.settings import Classes, DataSettings, ImageSettings, NpzSettings
 from privgrad.data.split import check_share, dense_units, split
 from privgrad.data.tables import open_table
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, RefusedError
 from privgrad.privacy.adjacency import Adjacency
 
 
@@ -206,7 +206,13 @@ def _open(path: Path, settings: DataSettings, adjacency: Adjacency, key: str | N
     if settings.test_share is not None:
         check_share(adjacency, key, files.is_folder)
     if settings.test_source is not None:
-        test_files = one_split(locate("data.test_source", settings.test_source))
+        declared = locate("data.test_source", settings.test_source)
+        if declared.resolve() == path.resolve():
+            raise RefusedError(
+                f"data.test_source is {settings.test_source!r}, the private data themselves, whose accuracy would leave "
+                "un-noised; name another file, or give data.test_share = 0.2"
+            )
+        test_files = one_split(declared)
     splits = [files] if test_files is None else [files, test_files]
     _check_sections(settings, path, set().union(*(_sections(split, settings) for split in splits)))
     train = _open_part(files, settings, _stated(files, settings), key, cache, "_train" if both else "")

@@ -175,7 +175,9 @@ def statement(certificate: Mapping[str, Any]) -> str:
     """The claim in one sentence."""
     if not certificate["guarantee"]:
         return "NO GUARANTEE: this model was trained without enough noise to protect anyone."
-    limits = " This holds only while the seed of the noise stays secret." if certificate["noise"]["secret_seed"] else ""
+    limits = ""
+    if certificate["noise"]["secret_seed"]:
+        limits = " This holds only while the seed of the noise stays secret and serves no other training."
     if certificate["disclosed"]:
         limits += f" It does not cover what was shown without noise on request: {'; '.join(certificate['disclosed'])}."
     if certificate.get("own_mechanisms"):
