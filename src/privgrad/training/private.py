@@ -42,6 +42,7 @@ from privgrad.training.batches import (
 from privgrad.training.loss import check_loss
 from privgrad.training.optimizers import check_optimizer, check_plain
 from privgrad.training.padding import check_padding
+from privgrad.training.processes import check_processes
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
 
@@ -335,11 +336,12 @@ def make_private(
     Raises:
         PrivgradError: a data set that does not fit the plan, an optimizer that needs a closure or holds other parameters, a loss
             that is not one finite number per row.
-        RefusedError: a model, a loss or a collate_fn that couples examples, with the ways out; it may also come from the first
-            step in other train and eval modes. (Where groups are clipped, examples of a group may couple in the model, but
-            nothing may remember them.)
+        RefusedError: a model in DistributedDataParallel or its like; a model, a loss or a collate_fn that couples examples, with
+            the ways out; it may also come from the first step in other train and eval modes. (Where groups are clipped, examples
+            of a group may couple in the model, but nothing may remember them.)
     """
     check_loss(loss_fn)
+    check_processes(model)
     collate_fn = None if collate_fn is None else dicts_from(collate_fn)
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
