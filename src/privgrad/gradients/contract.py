@@ -175,7 +175,11 @@ class Request:
 
 
 class Engine(Protocol):
-    """Computes clipped sums. Contract: agrees with a loop of batch-of-one backward passes to 1e-5 relative (float32)."""
+    """Computes clipped sums.
+
+    Contract: agrees with a loop of batch-of-one backward passes to 1e-5 relative (float32), and less closely only where norms are
+    rounded upwards for what cancels (`norms.upwards`).
+    """
 
     def accumulate(self, model: nn.Module, loss_fn: LossFn, request: Request) -> None:
         """Add the weighted sum over `request`'s units to its sink. Leaves `.grad` and every buffer as they were."""
