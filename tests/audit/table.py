@@ -209,7 +209,8 @@ to be found.
   it attacks the epsilon of the whole training. `audit_training` does so with any training, also of another library
   ([example](../examples/audit_own_training.py)).
 - `--kind membership` (`privgrad.audit.membership`) asks a finished model about its records. What it prints, and the
-  picture (drawn only where `--picture` asks for one), are not covered by the guarantee, and its bound assumes that members and others differ by nothing but the training.
+  picture (drawn only where `--picture` asks for one), are not covered by the guarantee, and its bound assumes that members
+  and others differ by nothing but the training.
 
 ## False alarms and power
 

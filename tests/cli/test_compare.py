@@ -250,3 +250,27 @@ def test_trainings_with_a_seed_have_each_noise_of_its_own(plans: Path, tmp_path:
     assert say("compare", plans, "--seeds", "2", "--out", again, "--set", "plan.noise.insecure_seed=7").code == 0
     for run in ("fast/seed-0", "slow/seed-1"):
         assert file_digest(out / run / "model.safetensors") == file_digest(again / run / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("epsilon", 0.01, "its certificate says something else"),
+        ("epsilon", "0.1", "its certificate says something else"),
+        ("test_accuracy", "high", "test_accuracy is 'high'"),
+    ],
+)
+def test_a_result_that_was_edited_is_not_believed(
+    plans: Path, tmp_path: Path, key: str, value: object, says: str
+) -> None:
+    out = tmp_path / "out"
+    assert say("compare", plans / "fast.toml", "--seeds", "1", "--out", out).code == 0
+    file = out / "fast" / "seed-0" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    said = say("compare", plans / "fast.toml", "--seeds", "1", "--out", out, "--resume")
+    assert said.code == 2
+    assert says in said.err
+    (out / "comparison.json").unlink()
+    assert "comparison.json, which says of which plans, is gone" in refusal(
+        "compare", plans / "fast.toml", "--seeds", "1", "--out", out
+    )

@@ -26,6 +26,7 @@ def column(value: Any) -> dict[str, Any]:
     [
         ({"sauce": "digits"}, "data.sauce is an unknown key; did you mean 'source'?"),
         ({"images": {"sice": [1, 1]}}, "data.images.sice is an unknown key; did you mean 'size'?"),
+        ({"images": {"augment": "flip"}}, "data.images.augment is 'flip'; expected a list, such as ['flip']"),
         ({"npz": {"input": "x"}}, "data.npz.input is an unknown key; did you mean 'inputs'?"),
         (table(clases=[]), "data.table.clases is an unknown key; did you mean 'classes'?"),
         (

@@ -122,6 +122,10 @@ def _open(directory: Path, plans: dict[str, Config], seeds: int, *, resume: bool
         asked = {**known, **asked}
     elif resume:
         raise PrivgradError(f"{directory} holds no comparison to resume; start one without --resume")
+    elif any(directory.glob("*/seed-*/result.json")):
+        raise PrivgradError(
+            f"{directory} holds trainings, and comparison.json, which says of which plans, is gone; choose another (--out)"
+        )
     try:
         make_directory(directory)
     except OSError as error:
@@ -189,6 +193,13 @@ def _finished(file: Path) -> Cell:
     """The result of a training that ended before."""
     known = read_json(file)
     try:
+        certificate = read_json(Run(file.parent).certificate)
+        claimed = certificate["epsilon"], certificate["delta"], certificate["steps"]["charged"]
+        if (known["epsilon"], known["delta"], known["steps"]) != claimed:
+            raise TypeError("its certificate says something else")
+        for name in ("test_accuracy", "seconds"):
+            if known[name] is not None and not isinstance(known[name], int | float):
+                raise TypeError(f"{name} is {known[name]!r}")
         return Cell(**{**known, "epsilon": math.inf if known["epsilon"] is None else known["epsilon"]})
     except (KeyError, TypeError) as error:
         raise PrivgradError(

@@ -184,6 +184,8 @@ def plain(column: pyarrow.ChunkedArray) -> pyarrow.Array:
     """One array instead of chunks, values instead of dictionary codes."""
     if pyarrow.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
+    if getattr(pyarrow.types, "is_string_view", lambda kind: False)(column.type):
+        column = column.cast(pyarrow.string())
     return column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
 
 

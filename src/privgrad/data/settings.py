@@ -44,7 +44,9 @@ class ImageSettings:
     augment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in self.augment if isinstance(self.augment, tuple) else (self.augment,):
+        if not isinstance(self.augment, tuple):
+            raise PrivgradError(f"data.images.augment is {self.augment!r}; expected a list, such as ['flip']")
+        for name in self.augment:
             _one_of("data.images.augment", name, tuple(AUGMENTATIONS))
         if self.size is not None:
             if not isinstance(self.size, tuple) or len(self.size) != 2:

@@ -129,7 +129,7 @@ class Run(Layout):
             _check_tail(record, seen, "checkpoint")
         certificate = _collect([], "certificate", self._read_certificate)
         if certificate is not None:  # a damaged one has seen nothing, and is written anew
-            _check_tail(record, certificate["ledger"], "certificate")
+            _check_tail(record, certificate.get("ledger"), "certificate")
 
     def verify(self, *, own: bool = False) -> Verified:
         """Recompute epsilon from the ledger alone, and compare every file of the run with it. Also while the run is going on.
