@@ -163,6 +163,7 @@ def test_classes_are_those_stated_even_if_some_do_not_occur(tmp_path: Path) -> N
         pyarrow.array([20] * 12, pyarrow.decimal256(50, 3)),
         pyarrow.array(["20"] * 12).dictionary_encode(),
         pyarrow.array(["20"] * 12, pyarrow.large_string()),
+        pyarrow.array(["20 "] * 12, pyarrow.string_view()),
         pyarrow.array([" +2.0e1\t"] * 12),
     ],
     ids=lambda values: str(values.type),

@@ -117,6 +117,7 @@ class Keeping(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.last = inputs
+        self.register_buffer("first", inputs.detach().sum())
         self.kept["inputs"] = inputs
         self.state = self.state + 1
         return self.layer(inputs).sum(1)
@@ -127,6 +128,7 @@ def test_nothing_of_the_records_stays_in_the_model(kind: type) -> None:
     model = Keeping()
     total(model, engine_of(kind), torch.ones(5, 4))
     assert not hasattr(model, "last")
+    assert set(model.state_dict()) == {"layer.weight", "state"}
     assert model.kept == {}
     assert float(model.state) == 0
     copy.deepcopy(model)  # a tensor of vmap's could not be

@@ -479,7 +479,7 @@ MUTANTS = (
     Mutant(
         "a computed weight may change between two uses",
         "gradients/catching.py",
-        "if known is not None and known.tensor._version != known.version and known.expected:",
+        "if known is not None and changed and known.expected:",
         "if False:",
         (KEPT,),
     ),
@@ -507,8 +507,8 @@ MUTANTS = (
     Mutant(
         "the private records may be the public ones, as a batch",
         "training/public.py",
-        "    theirs = _inputs(public)",
-        "    theirs = _inputs(public) if isinstance(public, Dataset) else None",
+        "    theirs = inputs_in_memory(public)",
+        "    theirs = inputs_in_memory(public) if isinstance(public, Dataset) else None",
         ("tests/training/test_public.py",),
     ),
     Mutant(
@@ -521,7 +521,7 @@ MUTANTS = (
     Mutant(
         "units of a resumed run go by a configuration that was edited",
         "cli/train.py",
-        "        check_units(config, plan)\n",
+        "        check_units(config, earlier)\n",
         "",
         ("tests/cli/test_resumed_units.py",),
     ),
@@ -1340,8 +1340,8 @@ MUTANTS = (
     Mutant(
         "public data may hold private records",
         "training/public.py",
-        "if any(_digest(row) in known for row in ours):",
-        "if False:",
+        "return any(_digest(row) in known for row in ours)",
+        "return False",
         (LAYERWISE,),
     ),
     # mixing

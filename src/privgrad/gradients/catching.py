@@ -80,9 +80,10 @@ class Scope:
                 self.derive(part, sources)
         elif isinstance(output, Tensor) and output.requires_grad:
             known = self._weights.get(id(output))
-            if known is not None and known.tensor._version != known.version and known.expected:
+            changed = known is not None and known.name is None and output._version != known.version
+            if known is not None and changed and known.expected:
                 raise NotCoveredError("it changes in place a weight that it computed and has used before")
-            if known is None or known.name is None:  # in place, or new
+            if known is None or changed:
                 parents = {id(p): p for source in sources for p in (source.parents or [source])}
                 self._weights[id(output)] = Weight(output, None, list(parents.values()), version=output._version)
 

@@ -83,6 +83,8 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
                 owner._buffers[name] = copies.setdefault(id(tensor), tensor.clone())
         yield
     finally:
+        for owner in owners:
+            owner._buffers.clear()
         for owner, name, tensor in held:
             owner._buffers[name] = tensor
         for owner, values in attributes:
