@@ -41,6 +41,7 @@ FILES = {
 LOSS = pg.supervised(F.cross_entropy)
 INPUTS = torch.linspace(-1, 1, 8).view(8, 1)
 DATA = TensorDataset(INPUTS, (INPUTS[:, 0] > 0).long())
+TEST = TensorDataset(-INPUTS, (INPUTS[:, 0] < 0).long())
 
 
 def plan(sampling: Any) -> Plan:
@@ -146,7 +147,7 @@ class World:
             directory=self.directory,
             schedule=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS) if self.shape.cosine else None,
             averaging=self.shape.averaging,
-            test=pg.DeclaredSplit(DATA) if self.shape.test else None,
+            test=pg.DeclaredSplit(TEST) if self.shape.test else None,
             evaluations=4,
             resume=resume,
             quiet=True,

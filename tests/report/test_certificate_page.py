@@ -26,7 +26,7 @@ EVIL = """<script src="https://evil.example/x.js"></script><b onclick='f()'>&amp
 
 def certified(directory: Path, *, multiplier: float = 20.0, seed: int | None = None) -> Certificate:
     """The certificate of a real run. Full batches are accounted for at once."""
-    data = TensorDataset(torch.randn(8, 3), torch.arange(8) % 2)
+    data, test = (TensorDataset(torch.randn(8, 3), torch.arange(8) % 2) for _ in range(2))
     plan = pg.Plan(
         sampling=pg.PoissonSampling(rate=1.0, divisor=8.0),
         steps=2,
@@ -35,7 +35,7 @@ def certified(directory: Path, *, multiplier: float = 20.0, seed: int | None = N
     model = nn.Linear(3, 2)
     Trainer(
         *(model, torch.optim.SGD(model.parameters(), lr=0.1), data, plan, pg.supervised(F.cross_entropy)),
-        **{"directory": directory, "test": pg.DeclaredSplit(data, name="split"), "quiet": True, "evaluations": 1},
+        **{"directory": directory, "test": pg.DeclaredSplit(test, name="split"), "quiet": True, "evaluations": 1},
     ).fit()
     return json.loads((directory / "certificate.json").read_text())
 

@@ -36,9 +36,8 @@ def trainer(directory: Path, **options: Any) -> Trainer:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss_fn = pg.supervised(F.cross_entropy)
-    return Trainer(
-        model, optimizer, data, PLAN, loss_fn, directory=directory, test=pg.DeclaredSplit(data), quiet=True, **options
-    )
+    test = pg.DeclaredSplit(TensorDataset(-inputs, (inputs[:, 0] < 0).long()))
+    return Trainer(model, optimizer, data, PLAN, loss_fn, directory=directory, test=test, quiet=True, **options)
 
 
 @pytest.fixture(scope="module")

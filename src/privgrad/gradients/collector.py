@@ -197,7 +197,7 @@ class Collector:
         if not columns:
             return
         joined = {column: self._join(column) for column in columns}
-        weights = self._request.rule(self._squares[:, columns].sqrt().to(self._dtype), columns)
+        weights = self._request.rule(self._squares[:, columns].to(self._dtype).sqrt(), columns)
         zero = weights == 0
         some = bool(zero.any())
         for place, column in enumerate(columns):

@@ -270,8 +270,9 @@ def add_weighted(request: Request, vectors: Mapping[str, Tensor]) -> None:
     """
     flats = {slot: vector.reshape(len(vector), -1) for slot, vector in vectors.items()}
     lengths = {slot: norms_of(flat) for slot, flat in flats.items()}
-    blocks = [torch.stack([lengths[slot] for slot in slots]).double().norm(dim=0) for slots in request.blocks]
-    norms = torch.stack(blocks, dim=1).to(next(iter(flats.values())).dtype)
+    squares = [torch.stack([lengths[slot] for slot in slots]).double().square().sum(0) for slots in request.blocks]
+    # Squares that leave the range of floats are infinite in every engine: weights of such units would have no digits.
+    norms = torch.stack(squares, dim=1).to(next(iter(flats.values())).dtype).sqrt()
     weights = request.rule(norms, range(len(request.blocks)))
     weighted = {}
     for column, slots in enumerate(request.blocks):
