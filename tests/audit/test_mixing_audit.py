@@ -40,7 +40,7 @@ def test_the_attack_stays_below_the_claim_and_comes_near_it() -> None:
 def test_groups_move_by_twice_the_norm_and_are_charged_for_it() -> None:
     torch.set_num_threads(1)
     grouped = plan(groups=pg.RandomGroups(8), mixing=ModelMix(width_ratio=WIDTH / 8))
-    found = audit_mixing(grouped, trials=1500)
+    found = audit_mixing(grouped, trials=5000)
     assert found.holds
     assert found.epsilon_lower_95 > 0
     assert claimed_epsilon(grouped) > claimed_epsilon(plan())

@@ -63,8 +63,8 @@ def test_a_table_beside_its_configuration(tmp_path: Path) -> None:
 
 
 def test_images_by_a_name_in_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("train", "test"):
-        write_folder(tmp_path / "data" / "pets" / name, pictures(8), [0, 1] * 4)
+    for name, some in (("train", pictures(16)[:8]), ("test", pictures(16)[8:])):
+        write_folder(tmp_path / "data" / "pets" / name, some, [0, 1] * 4)
     monkeypatch.setenv("PRIVGRAD_DATA", str(tmp_path / "data"))
     said = trained("--data", "pets")
     assert Path(said.json["run"]).name.startswith("pets-")
@@ -205,7 +205,8 @@ def test_users_are_protected_by_their_column(tmp_path: Path) -> None:
 
 def test_shuffled_batches_of_a_folder_are_refused_under_replace_one(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", pictures(40), [0, 1] * 20)
-    given = ("train", "--data", folder, "--set", f"data.test_source={folder}", "--set", "plan.sampling.kind=shuffled")
+    other = write_folder(tmp_path / "other", pictures(60)[40:], [0, 1] * 10)
+    given = ("train", "--data", folder, "--set", f"data.test_source={other}", "--set", "plan.sampling.kind=shuffled")
     more = ("--set", "plan.sampling.batch_size=10", "--set", "plan.steps=1", "--out", tmp_path / "run")
     refused = say(*given, "--set", "privacy.adjacency=replace_one", *more)
     assert refused.code == 2
