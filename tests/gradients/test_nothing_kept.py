@@ -214,3 +214,22 @@ def test_sparse_gradients_of_a_table() -> None:
         for engine in (OnePassEngine(), StreamedEngine())
     ]
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_hook_on_autograds_graph_has_its_effect() -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)  # gradients below the bound: a factor is seen
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.layer(inputs).tanh()
+            if outputs.grad_fn is not None:
+                outputs.grad_fn.register_prehook(lambda gradients: tuple(7 * gradient for gradient in gradients))
+            return outputs.sum(1)
+
+    torch.manual_seed(0)
+    model, inputs = Hooked(), 1e-3 * torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="grad_fn"):
+        found = total(model, OnePassEngine(), inputs)
+    torch.testing.assert_close(found, total(model, StreamedEngine(), inputs))

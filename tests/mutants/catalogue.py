@@ -477,6 +477,13 @@ MUTANTS = (
         (KEPT,),
     ),
     Mutant(
+        "hooks on autograd's graph are passed by",
+        "gradients/catching.py",
+        "if func == _GRAD_FN and is_batched(args[0]):",
+        "if False:",
+        (f"{KEPT}::test_a_hook_on_autograds_graph_has_its_effect",),
+    ),
+    Mutant(
         "a computed weight may change between two uses",
         "gradients/catching.py",
         "if known is not None and changed and known.expected:",

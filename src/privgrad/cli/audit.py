@@ -96,9 +96,10 @@ def audit(
         check_count("--trials", trials, at_least=20, at_most=10**8)
     subject = _subject(target, settings or [])
     found = KINDS[kind](subject, trials, confidence)
-    # Of membership, it shows private records without noise: never where a certificate speaks for everything.
-    beside = subject.run is not None and kind != "membership"
-    path = picture or (subject.run.directory / f"audit-{kind}.svg" if subject.run is not None and beside else None)
+    path = picture
+    # That of membership shows private records without noise: never where a certificate speaks for everything.
+    if path is None and subject.run is not None and kind != "membership":
+        path = subject.run.directory / f"audit-{kind}.svg"
     if path is not None:
         try:
             write_atomically(path, to_svg(found.picture))

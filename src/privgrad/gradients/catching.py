@@ -149,8 +149,10 @@ class Catching(Swallowed):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One torch function, with the weights in it caught."""
-        if func in _HOOKS or (func == _GRAD_FN and is_batched(args[0])):
+        if func in _HOOKS:
             raise NotCoveredError("its forward pass registers a hook on a tensor")
+        if func == _GRAD_FN and is_batched(args[0]):  # under vmap there is none yet: a hook on it would be passed by
+            raise NotCoveredError("its forward pass looks at a tensor's grad_fn")
         if func == _REQUIRES_GRAD and is_batched(args[0]):
             # As in an ordinary forward pass: the gradients of rows come from below vmap, which would say no.
             return unbatched(args[0]).requires_grad
