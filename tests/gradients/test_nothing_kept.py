@@ -73,6 +73,14 @@ class Listing(Base):
         return 1.0 if len(self.seen["calls"]) % 2 else -1.0
 
 
+class LongListing(Listing):
+    """A list of more entries than anybody would look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = {"calls": [0] * 20_000}
+
+
 def engine_of(kind: type) -> Engine:
     """In chunks of five or six records."""
     engines = {
@@ -92,7 +100,7 @@ def total(model: nn.Module, engine: Engine, inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-@pytest.mark.parametrize("model", [Counting, Python, Numpy, Listing])
+@pytest.mark.parametrize("model", [Counting, Python, Numpy, Listing, LongListing])
 def test_no_record_moves_what_the_others_add(model: type[Base], kind: type) -> None:
     """The number of forward passes follows from the number of records: a record more must not be another coin for all."""
     for seed in range(3):

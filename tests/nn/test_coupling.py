@@ -62,6 +62,33 @@ def test_what_treats_every_record_by_itself_passes(case: Case, seed: int) -> Non
     assert found(built(case, seed), case.loss_fn, case.batch) == []
 
 
+class AtAKink(nn.Module):
+    """The first row that it ever meets lies at the kink of a ReLU: on one side in a batch, alone not, by less than rounding."""
+
+    def __init__(self, kink: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kink = kink
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        before = inputs[:, 0] * self.weight
+        rounded = 1e-9 if len(inputs) > 1 else 0.0
+        return inputs.sum(1) * self.weight + F.relu(before - self.kink(before) + rounded)
+
+
+def test_a_kink_that_one_row_meets_is_no_coupling() -> None:
+    """Kernels round by the shape of the batch; at a kink that is another slope."""
+    met: list[Tensor] = []
+
+    def first_of_all(values: Tensor) -> Tensor:
+        if not met:
+            met.append(values[0].detach())
+        return met[0]
+
+    assert found(AtAKink(first_of_all), lambda model, batch: model(batch[0])) == []
+    assert met
+
+
 LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(6, 6),
     lambda: nn.LayerNorm(6),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy
 import torch
@@ -15,10 +13,7 @@ from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
 from privgrad.gradients.contract import LossFn, Tree, one_per_row
-
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
-_LARGE = 10_000
-"""Entries of a container that is not looked into: a vocabulary, say."""
+from privgrad.gradients.holdings import Holdings
 
 
 class WithLoss(nn.Module):
@@ -72,9 +67,7 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
     """
     owners = [owner for owner in module.modules() if not isinstance(owner, torch.jit.ScriptModule)]
     held = [(owner, name, tensor) for owner in owners for name, tensor in owner._buffers.items()]
-    attributes = [(owner, _attributes(owner)) for owner in owners]
-    contents: dict[int, tuple[Any, list[Any]]] = {}
-    _look_into([value for _, values in attributes for value in values.values()], contents)
+    holdings = Holdings(owners)
     random_states = numpy.random.get_state(), random.getstate()
     copies: dict[int, Tensor] = {}
     try:
@@ -87,36 +80,6 @@ def nothing_kept(module: nn.Module) -> Iterator[None]:
             owner._buffers.clear()
         for owner, name, tensor in held:
             owner._buffers[name] = tensor
-        for owner, values in attributes:
-            for key in _attributes(owner).keys() - values.keys():
-                del vars(owner)[key]
-            vars(owner).update(values)
-        for container, items in contents.values():
-            now = _items(container)
-            if len(now) != len(items) or any(one is not other for one, other in zip(now, items, strict=True)):
-                container.clear()
-                if isinstance(container, dict):
-                    container.update(zip(items[::2], items[1::2], strict=True))
-                else:
-                    (container.update if isinstance(container, set) else container.extend)(items)
+        holdings.restore()
         numpy.random.set_state(random_states[0])
         random.setstate(random_states[1])
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
-
-
-def _look_into(values: Iterable[Any], found: dict[int, tuple[Any, list[Any]]]) -> None:
-    """The containers among values, and in them, with what is in each."""
-    for value in values:
-        if isinstance(value, tuple):
-            _look_into(value, found)
-        elif isinstance(value, dict | list | set | deque) and id(value) not in found and len(value) <= _LARGE:
-            found[id(value)] = value, _items(value)
-            _look_into(found[id(value)][1], found)
-
-
-def _items(container: Any) -> list[Any]:
-    """What is in a container; of a dictionary, keys and values by turns."""
-    return [part for pair in container.items() for part in pair] if isinstance(container, dict) else list(container)

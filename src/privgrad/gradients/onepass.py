@@ -57,6 +57,9 @@ from privgrad.gradients.trial import (
 )
 from privgrad.gradients.vmap import VmapEngine
 
+_OF_VMAP = ("vmap", "functorch", "torch.func", "Batching rule")
+"""What torch's words name where they are about a transform, and so about the model."""
+
 
 class OnePassEngine:
     """Per-unit gradients from (input, output gradient) pairs, chunk by chunk. An engine belongs to one model.
@@ -197,8 +200,7 @@ class OnePassEngine:
                 except torch.OutOfMemoryError:
                     raise
                 except (NotCoveredError, RuntimeError) as error:
-                    cause = error.__cause__  # a RuntimeError says what vmap cannot run
-                    reason = reason or reason_of(cause if isinstance(cause, RuntimeError) else error)
+                    reason = reason or _in_words(error)
                     alone = alone or (isinstance(error, NotCoveredError) and error.alone)
         self._slower = self._fall_back(module, trial, reason, alone=alone)
         return 1
@@ -246,6 +248,14 @@ class OnePassEngine:
             stacklevel=3,
         )
         return slower
+
+
+def _in_words(error: Exception) -> str:
+    """Why a model is not covered. What vmap says that it cannot run is quoted; any other words may be about the record."""
+    cause = error.__cause__ or error
+    if isinstance(cause, RuntimeError) and any(name in str(cause) for name in _OF_VMAP):
+        return reason_of(cause)
+    return str(error) if isinstance(error, NotCoveredError) else f"its backward pass raises {type(error).__name__}"
 
 
 @contextmanager

@@ -129,9 +129,17 @@ class Inspection:
             if differ(self.losses[row], run.losses[0].detach(), tolerance, self.scale):
                 good, bad = View(alone, 1, 0), View(self.batch, ROWS, row)
                 return self._named(good, bad, tolerance, ALONE, ALONE)
-            if differ(gradients[row], self.subject.gradient(run, 0)[0], tolerance, largest_of([gradients[row]])):
+            # Kernels round by shape, and at a kink that is another slope: a coupling shows on other rows as well.
+            if self._slopes_differ(gradients[row], run) and self._slopes_differ_on_others(row):
                 return [in_either(ALONE)]
         return []
+
+    def _slopes_differ(self, in_batch: Tensor, alone: Run) -> bool:
+        return differ(in_batch, self.subject.gradient(alone, 0)[0], self.subject.other_shape, largest_of([in_batch]))
+
+    def _slopes_differ_on_others(self, row: int) -> bool:
+        in_batch, alone = self._run(self.others), self._run(only_row(self.others, row))
+        return self._slopes_differ(self.subject.gradient(in_batch, row)[0], alone)
 
     def _remembered(self) -> None:
         """What only shows when other entries of a vocabulary occur, or over two batches.

@@ -14,10 +14,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
-_CONTAINERS = (dict, list, tuple, set, deque)
-_LARGE = 10_000
-"""Entries of a container that is not looked into: a vocabulary, say."""
+from privgrad.gradients.holdings import CONTAINERS, LARGE, Holdings, attributes_of, walk
 
 
 class Slot(NamedTuple):
@@ -71,19 +68,10 @@ def _content(cell: Any) -> Any:
 
 def generators_of(modules: Mapping[str, nn.Module], loss_fn: Callable[..., Any]) -> list[torch.Generator]:
     """torch's random generators that modules hold, in containers too, or the loss function."""
-    held = [value for module in modules.values() for value in _own(module).values()]
     closure = getattr(loss_fn, "__closure__", None) or ()
-    queue = [*held, *(_content(cell) for cell in closure), *getattr(loss_fn, "__dict__", {}).values()]
-    found: dict[int, torch.Generator] = {}
-    seen: set[int] = set()
-    while queue:
-        value = queue.pop()
-        if isinstance(value, torch.Generator):
-            found[id(value)] = value
-        elif isinstance(value, _CONTAINERS) and id(value) not in seen and len(value) <= _LARGE:
-            seen.add(id(value))
-            queue += value.values() if isinstance(value, dict) else value
-    return list(found.values())
+    held = [value for module in modules.values() for value in attributes_of(module).values()]
+    values = walk([*held, *(_content(cell) for cell in closure), *getattr(loss_fn, "__dict__", {}).values()])
+    return list({id(value): value for value in values if isinstance(value, torch.Generator)}.values())
 
 
 class Snapshot:
@@ -91,49 +79,31 @@ class Snapshot:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
-        self._attributes = {module: _own(module) for module in modules.values()}
-        self._containers: list[tuple[Any, Any]] = []
-        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
-        self._generators: list[tuple[torch.Generator, Tensor]] = []
-        seen: set[int] = set()
-        for module, attributes in self._attributes.items():
-            # (A scripted module makes its dictionary of parameters anew each time: here they are held.)
-            for value in (*attributes.values(), *module.parameters(recurse=False), *module.buffers(recurse=False)):
-                self._keep(value, seen)
+        # (A scripted module makes its dictionary of parameters anew each time: here they are held.)
+        registered = [
+            value
+            for module in modules.values()
+            for value in (
+                module._parameters,
+                module._buffers,
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+            )
+        ]
+        self._holdings = Holdings(modules.values(), registered)
+        tensors = {id(value): value for value in self._holdings.values if isinstance(value, Tensor)}
+        self._tensors = {key: (tensor, tensor.detach().clone()) for key, tensor in tensors.items()}
+        self._generators = [
+            (value, value.get_state()) for value in self._holdings.values if isinstance(value, torch.Generator)
+        ]
         self._before = {
             slot: self._tensors[id(leaf)][1] if isinstance(leaf, Tensor) else leaf for slot, leaf in self._leaves()
         }
 
-    def _keep(self, value: Any, seen: set[int]) -> None:
-        if isinstance(value, _CONTAINERS):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            if not isinstance(value, tuple):
-                self._containers.append((value, list(value.items()) if isinstance(value, dict) else list(value)))
-            if len(value) <= _LARGE:
-                for item in value.values() if isinstance(value, dict) else value:
-                    self._keep(item, seen)
-        elif isinstance(value, Tensor):
-            if id(value) not in self._tensors:
-                self._tensors[id(value)] = (value, value.detach().clone())
-        elif isinstance(value, torch.Generator):
-            self._generators.append((value, value.get_state()))
-
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back."""
-        for module, attributes in self._attributes.items():
-            current = vars(module)
-            for key in _own(module).keys() - attributes.keys():
-                del current[key]
-            current.update(attributes)
-        for container, items in self._containers:
-            container.clear()
-            if isinstance(container, list | deque):
-                container.extend(items)
-            else:
-                container.update(items)
+        self._holdings.restore()
         for tensor, copy in self._tensors.values():
             if not same(tensor, copy):
                 tensor.data = copy.clone()
@@ -150,28 +120,20 @@ class Snapshot:
 
     def _leaves(self) -> Iterator[tuple[Slot, Any]]:
         for name, module in self._modules.items():
-            for key, value in _own(module).items():
-                if key in ("_parameters", "_buffers"):
-                    passing = module._non_persistent_buffers_set
-                    yield from (
-                        (Slot(name, leaf, leaf not in passing), v) for leaf, v in value.items() if v is not None
-                    )
-                else:
-                    yield from ((Slot(name, path, False), leaf) for path, leaf in _walk(key, value, set()))
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _BOOKKEEPING}
+            passing = module._non_persistent_buffers_set
+            for registered in (module._parameters, module._buffers):
+                yield from (
+                    (Slot(name, leaf, leaf not in passing), v) for leaf, v in registered.items() if v is not None
+                )
+            for key, value in attributes_of(module).items():
+                yield from ((Slot(name, path, False), leaf) for path, leaf in _walk(key, value, set()))
 
 
 def _walk(path: str, value: Any, above: set[int]) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Tensor | bool | int | float | complex | str):
         yield path, value
     elif (
-        isinstance(value, _CONTAINERS)
-        and not isinstance(value, set)
-        and id(value) not in above
-        and len(value) <= _LARGE
+        isinstance(value, CONTAINERS) and not isinstance(value, set) and id(value) not in above and len(value) <= LARGE
     ):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in items:
