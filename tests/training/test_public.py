@@ -27,6 +27,8 @@ OTHER = TensorDataset(INPUTS + 1, CLASSES)
         (DATA, TensorDataset(INPUTS[5:6], CLASSES[5:6])),
         (DATA, (INPUTS[5:6], CLASSES[5:6])),
         (DATA, {"x": INPUTS, "y": CLASSES}),
+        (DATA, {"labels": CLASSES, "values": INPUTS}),
+        (TensorDataset(CLASSES, INPUTS), (INPUTS, CLASSES)),
         (DATA, Subset(DATA, [3])),
         (Subset(DATA, [1, 3]), Subset(DATA, [3, 5])),
         (Subset(DATA, [1, 3]), ConcatDataset([OTHER, Subset(DATA, [3])])),

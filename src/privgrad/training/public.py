@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy
@@ -75,11 +75,11 @@ def _like(private: Dataset[Any], others: Tensor) -> Tensor | None:
 
 
 def inputs_in_memory(data: Any) -> Tensor | None:
-    """[rows, ...]: what is held in memory of a data set's first part, or of a batch's; None where nothing is."""
+    """[rows, ...]: the inputs that a data set, or a batch, holds in memory; None where it holds none."""
     if type(data) is Records:
         return data.inputs
     if type(data) is TensorDataset:
-        return data.tensors[0]
+        return _largest(data.tensors)
     if isinstance(data, Subset):
         whole = inputs_in_memory(data.dataset)
         return None if whole is None else whole[torch.as_tensor(data.indices, dtype=torch.int64)]
@@ -91,7 +91,13 @@ def inputs_in_memory(data: Any) -> Tensor | None:
         )
     if isinstance(data, Dataset):
         return None
-    return next((leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    return _largest([leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)])
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Of several tensors with a row for each record, the inputs: labels and masks may come before them, and are smaller."""
+    rows = [tensor for tensor in tensors if tensor.dim()]
+    return max(rows, key=lambda tensor: tensor[:1].numel(), default=None)
 
 
 def _digest(row: Tensor) -> bytes:
