@@ -19,7 +19,7 @@ from privgrad.gradients.precision import check_precision, exact_convolutions
 from privgrad.gradients.streamed import StreamedEngine
 from privgrad.gradients.vmap import VmapEngine
 from privgrad.mechanism.clipping import ClippingRule
-from tests.helpers import as_vector, full_batch_plan, runner
+from tests.helpers import as_vector, full_batch_plan, rows, runner
 
 LOSS = pg.supervised(nn.functional.cross_entropy)
 
@@ -228,3 +228,18 @@ def test_a_stage_that_answers_in_another_shape_is_refused() -> None:
         ClippingRule(Flattened(), limits)(NORMS, [0])
     with pytest.raises(pg.PrivgradError, match=r"Side\.side answered in another shape"):
         ClippingRule(pg.FlatClipping(), limits, (Side(limit=3.0), {}, torch.zeros(1)))(NORMS, [0])
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        {"clipping": pg.AutomaticClipping(max_norm=1e37, stability=1e-12)},
+        {"clipping": pg.FlatClipping(max_norm=1e26)},
+        {"thresholds": pg.PrivateThresholds(limit=1e30)},
+    ],
+)
+def test_norms_whose_sums_would_overflow_are_refused(stages: dict[str, Any]) -> None:
+    """35 contributions of 1e37 are infinite, 34 are not: the epsilon charged would be of no step that is seen."""
+    plan = dataclasses.replace(full_batch_plan(3), **stages)
+    with pytest.raises(pg.PrivgradError, match=r"sums are numbers of single precision; take a norm .* at most 1e\+25"):
+        runner(plan, nn.Linear(4, 2), LOSS).clipped_sum(*rows(torch.randn(3, 4), torch.tensor([0, 1, 1])))

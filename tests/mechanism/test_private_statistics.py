@@ -124,6 +124,28 @@ def test_a_model_that_vmap_cannot_run_is_measured_row_by_row() -> None:
     torch.testing.assert_close(moments(stubborn, batch), moments(model, batch), rtol=1e-5, atol=1e-5)
 
 
+def test_an_exception_for_one_record_does_not_move_the_others_moments() -> None:
+    """Under vmap a matrix that cannot be factored raises for all rows, and a model that catches it takes all another way."""
+
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalization, self.layer = PrivateBatchNorm(4), nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            try:
+                factors = torch.linalg.cholesky(inputs.view(-1, 2, 2))
+            except torch.linalg.LinAlgError:
+                factors = 5 - inputs.view(-1, 2, 2)
+            outputs: Tensor = self.layer(self.normalization(factors.flatten(1)))
+            return outputs
+
+    model = Factored()
+    inputs, labels = torch.tensor([[2.0, 0.0, 0.0, 2.0]]).repeat(6, 1), torch.zeros(6, dtype=torch.int64)
+    with_another = torch.cat([inputs[:5], -inputs[:1]])
+    torch.testing.assert_close(moments(model, (with_another, labels))[:5], moments(model, (inputs, labels))[:5])
+
+
 def test_a_units_rows_are_averaged_before_the_clip() -> None:
     """A user's records, or an example's views."""
     model, batch = network(), images(5)

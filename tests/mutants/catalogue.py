@@ -172,6 +172,13 @@ MUTANTS = (
         (CLIPPING,),
     ),
     Mutant(
+        "sums may leave the range of single precision",
+        "mechanism/step.py",
+        "_LARGEST_NORM = 1e25",
+        "_LARGEST_NORM = 1e39",
+        (CLIPPING,),
+    ),
+    Mutant(
         "a clipping stage may answer in any shape",
         "mechanism/clipping.py",
         "or answer.shape != norms.shape:",
@@ -472,9 +479,23 @@ MUTANTS = (
     Mutant(
         "exceptions that a model keeps to itself are not seen",
         "gradients/batched.py",
-        "            if self.operator is None and (",
+        "            if self._operator is None and (",
         "            if False and (",
         (KEPT,),
+    ),
+    Mutant(
+        "exceptions of scripted functions are not seen",
+        "gradients/onepass.py",
+        "hidden = None if self._hidden is False else Hidden()",
+        "hidden = None",
+        (KEPT,),
+    ),
+    Mutant(
+        "moments are measured whatever a model catches",
+        "gradients/moments.py",
+        "if len(found) and swallowed.operator is None:",
+        "if len(found):",
+        (STATISTICS,),
     ),
     Mutant(
         "hooks on autograd's graph are passed by",

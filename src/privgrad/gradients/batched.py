@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter as current
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NotCoveredError(Exception):
@@ -28,27 +29,66 @@ class NotCoveredError(Exception):
         self.late, self.alone = late, alone
 
 
+class Hidden(TorchDispatchMode):
+    """Outside vmap: sees the operators that no torch function leads to (those of scripted functions), and what they raise.
+
+    met: whether there was one. operator: the first one that raised.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.met = False
+        self.operator: str | None = None
+        self.under_way = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        hidden = self.under_way == 0
+        self.met |= hidden
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception:
+            if hidden and self.operator is None:
+                self.operator = str(func)
+            raise
+
+
 class Swallowed(TorchFunctionMode):
     """Sees exceptions that a model keeps to itself.
 
     Under vmap an operator raises for all rows what it would raise for one of them, and a model that catches it takes all of them
-    another way. operator: the first one that raised on rows; None: none did.
+    another way. operator: the first one that raised on rows; None: none did. hidden: sees what no torch function leads to.
     """
 
-    operator: str | None = None
+    def __init__(self, hidden: Hidden | None = None) -> None:
+        super().__init__()
+        self._operator: str | None = None
+        self._hidden = hidden
+
+    @property
+    def operator(self) -> str | None:
+        """The first operator that raised an exception on rows."""
+        return self._operator or (None if self._hidden is None else self._hidden.operator)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        hidden = self._hidden
+        if hidden is not None:
+            hidden.under_way += 1
         try:
             return self.call(func, args, kwargs)
         except Exception as error:
-            if self.operator is None and (
+            if self._operator is None and (
                 isinstance(error, NotCoveredError)
                 or any_batched(args, deep=True)
                 or any_batched(kwargs.values(), deep=True)
             ):
-                self.operator = getattr(func, "__name__", type(func).__name__)
+                self._operator = getattr(func, "__name__", type(func).__name__)
             raise
+        finally:
+            if hidden is not None:
+                hidden.under_way -= 1
 
     def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One torch function."""

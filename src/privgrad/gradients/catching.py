@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from privgrad.gradients.batched import NotCoveredError, Swallowed, any_batched, is_batched, level, on_rows, unbatched
+from privgrad.gradients.batched import (
+    Hidden,
+    NotCoveredError,
+    Swallowed,
+    any_batched,
+    is_batched,
+    level,
+    on_rows,
+    unbatched,
+)
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.norms import wide
 from privgrad.gradients.terms import Rows, Term
@@ -140,9 +149,14 @@ class Catching(Swallowed):
     """Looks at every torch function that the model calls."""
 
     def __init__(
-        self, collector: Collector, rules: Mapping[Any, Rule], always: Mapping[Any, Rule], row: Tensor
+        self,
+        collector: Collector,
+        rules: Mapping[Any, Rule],
+        always: Mapping[Any, Rule],
+        row: Tensor,
+        hidden: Hidden | None,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden)
         self.scope = Scope(collector, self, row)
         self._rules = rules
         self._always = always

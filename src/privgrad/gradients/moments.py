@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from privgrad.gradients.batched import Hidden, Swallowed
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import Fold, LossFn, Tree
 from privgrad.gradients.loss import WithLoss, nothing_kept
@@ -56,14 +57,18 @@ def _row_moments(module: WithLoss, batch: Tree, layers: Sequence[Watched]) -> Te
     def one(row: Tree) -> Tensor:
         return _moments(module, pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row), layers)
 
-    try:
-        found: Tensor = torch.func.vmap(one, randomness="different")(batch)
+    hidden = Hidden()
+    with hidden, Swallowed(hidden) as swallowed:
+        try:
+            found: Tensor = torch.func.vmap(one, randomness="different")(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            found = torch.empty(0)
+    if len(found) and swallowed.operator is None:
         return found
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        count = len(pytree.tree_leaves(batch)[0])
-        return torch.stack([_moments(module, _taken(batch, torch.tensor([row])), layers) for row in range(count)])
+    count = len(pytree.tree_leaves(batch)[0])
+    return torch.stack([_moments(module, _taken(batch, torch.tensor([row])), layers) for row in range(count)])
 
 
 def _moments(module: WithLoss, batch: Tree, layers: Sequence[Watched]) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError, reason_of
-from privgrad.gradients.batched import NotCoveredError, as_if_compiled
+from privgrad.gradients.batched import Hidden, NotCoveredError, as_if_compiled
 from privgrad.gradients.catching import Catching, Rule, uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.collector import Collector
@@ -75,6 +75,8 @@ class OnePassEngine:
         self.rules = {**RULES, **(rules or {})}
         self._rows_per_chunk: dict[tuple[Need, bool], int] = {}
         self._as_compiled = False
+        # Whether the model has operators that torch functions do not lead to: None until it was tried.
+        self._hidden: bool | None = None
         self._slower: Engine | None = None
         self._workspace = Workspace()
 
@@ -149,12 +151,13 @@ class OnePassEngine:
     def _forward(self, module: WithLoss, collector: Collector, batch: Tree) -> Tensor:
         """Losses [rows], all rows at once, every row on its own."""
 
+        hidden = None if self._hidden is False else Hidden()
+
         def loss(row: Tree) -> Any:
-            one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)
-            catching = Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0])
+            catching = Catching(collector, self.rules, ALWAYS, pytree.tree_leaves(row)[0], hidden)
             try:
                 with catching:
-                    result = module(one).squeeze(0)
+                    result = module(pytree.tree_map(lambda leaf: leaf.unsqueeze(0), row)).squeeze(0)
             finally:
                 catching.scope.close()
             if catching.operator is not None:
@@ -164,7 +167,13 @@ class OnePassEngine:
             return result
 
         way = as_if_compiled() if self._as_compiled else nullcontext()
-        with nothing_kept(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), way:
+        with (
+            nothing_kept(module),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            way,
+            hidden or nullcontext(),
+        ):
             try:
                 losses: Tensor = torch.func.vmap(loss, randomness="different")(batch)
             except (NotCoveredError, PrivgradError, torch.OutOfMemoryError):
@@ -172,6 +181,8 @@ class OnePassEngine:
             except Exception as error:  # a model may raise anything; a slower engine meets what is its own fault
                 # Its kind only: the words may be about records, and in the midst of a training this becomes a warning.
                 raise NotCoveredError(f"its forward pass raises {type(error).__name__}") from error
+        if hidden is not None:
+            self._hidden = hidden.met
         return losses
 
     def _try_one_unit(self, module: WithLoss, parameters: Mapping[str, nn.Parameter], request: Request) -> int:

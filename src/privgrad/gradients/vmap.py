@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
-from privgrad.gradients.batched import Swallowed
+from privgrad.gradients.batched import Hidden, Swallowed
 from privgrad.gradients.catching import uncovered
 from privgrad.gradients.chunks import chunks
 from privgrad.gradients.contract import (
@@ -89,7 +89,8 @@ def _row_gradients(
     per_row = torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(None, 0), randomness="different")
     try:
         gradients: dict[str, Tensor]
-        with nothing_kept(module), Swallowed() as swallowed:
+        hidden = Hidden()
+        with nothing_kept(module), hidden, Swallowed(hidden) as swallowed:
             gradients, losses = per_row(dict(parameters), batch)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]

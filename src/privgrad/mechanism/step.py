@@ -50,6 +50,9 @@ _STATISTICS_SLOT = "statistics/side"
 _SMALLEST_NORM = 1e-16
 """Single precision squares numbers up to 1.8e19 (a unit beyond contributes nothing). C over such a number keeps all its digits
 from C = 3e-19 on; below, rounding made contributions of up to 1.8 C."""
+_LARGEST_NORM = 1e25
+"""Ten million million contributions of such a norm add up to a number of single precision. Beyond 3e38 there are none: whether a
+sum is finite, and so whether a step is released, would say how many records there are."""
 
 Reduce = Callable[[Tensor], None]
 """Sums a tensor over all workers, in place (torch.distributed.all_reduce): each worker then holds the whole sum.
@@ -168,12 +171,7 @@ class StepRunner:
         thresholds = torch.tensor([block.max_norm for block in blocks], dtype=torch.float64)
         if plan.thresholds is not None:
             thresholds = plan.thresholds.values(self.states["thresholds"], thresholds)
-        if (thresholds < _SMALLEST_NORM).any():
-            raise PrivgradError(
-                f"a clipping norm is {float(thresholds.min()):g}, and gradients are numbers of single precision, which cannot be "
-                f"clipped to less than {_SMALLEST_NORM:g}; take a larger clipping.max_norm and, for the same steps, a learning "
-                "rate that is smaller by the same factor"
-            )
+        _check_smallest(thresholds)
         parts = [
             Part(block.name, block.slots, Bound.ball(float(threshold)))
             for block, threshold in zip(blocks, thresholds, strict=True)
@@ -192,6 +190,7 @@ class StepRunner:
         if charged is not None and measured:
             parts.append(Part(_STATISTICS_SLOT, (_STATISTICS_SLOT,), charged.side_bound(), Consumer.STATISTICS))
             slots[_STATISTICS_SLOT] = torch.Size([measured])
+        _check_largest(parts)
 
         sink = Sums(slots, device, accumulation_dtype(self.model))
         side = None
@@ -332,3 +331,21 @@ def _check_partition(blocks: list[Block] | Any, slots: Mapping[str, torch.Size])
             f"the clipping blocks must cover every parameter exactly once; missing: {missing or 'none'}, "
             f"named twice or unknown: {sorted({slot for slot in covered if covered.count(slot) > 1 or slot not in slots})}"
         )
+
+
+def _check_smallest(thresholds: Tensor) -> None:
+    if not (thresholds >= _SMALLEST_NORM).all():
+        raise PrivgradError(
+            f"a clipping norm is {float(thresholds.min()):g}, and gradients are numbers of single precision, which cannot be "
+            f"clipped to less than {_SMALLEST_NORM:g}; take a larger clipping.max_norm and, for the same steps, a learning "
+            "rate that is smaller by the same factor"
+        )
+
+
+def _check_largest(parts: list[Part]) -> None:
+    for part in parts:
+        if not part.bound.radius <= _LARGEST_NORM:
+            raise PrivgradError(
+                f"the contributions to {part.name!r} are clipped to {part.bound.radius:g}, and sums are numbers of single "
+                f"precision; take a norm (clipping.max_norm, thresholds.limit, statistics.max_norm) of at most {_LARGEST_NORM:g}"
+            )
