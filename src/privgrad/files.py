@@ -74,10 +74,11 @@ def make_directory(directory: Path) -> None:
     sync_directory(directory.parent)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, *, secret: bool = False) -> None:
     """Replace `path` by `content` so that a reader, or a crash at any moment, sees the old file or the new one.
 
-    What a crash leaves of an unfinished write (`.NAME.tmp`) is replaced by the next one. One process at a time.
+    What a crash leaves of an unfinished write (`.NAME.tmp`) is replaced by the next one. One process at a time. secret: only its
+    owner can read it.
 
     Raises:
         PrivgradError: a path that cannot be written.
@@ -85,8 +86,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o666)
         try:
+            if secret:
+                os.fchmod(descriptor, 0o600)
             _write(descriptor, data)
             os.fsync(descriptor)
         finally:

@@ -533,10 +533,24 @@ MUTANTS = (
         (f"{NOISE}::test_a_forked_process_has_a_key_of_its_own",),
     ),
     Mutant(
+        "a collate_fn may sort the records of users",
+        "training/private.py",
+        "            check_order(dataset, collate_fn)",
+        "            pass",
+        ("tests/training/test_padding.py",),
+    ),
+    Mutant(
+        "one new record makes a split of private ones new",
+        "training/public.py",
+        "return found > 0 if few == 0 else found > max(few, rows / 100) or found == rows",
+        "return found > 0 if few == 0 else found == rows",
+        ("tests/training/test_public.py",),
+    ),
+    Mutant(
         "the private records may be the public ones, as a batch",
         "training/public.py",
-        "    theirs = inputs_in_memory(public)",
-        "    theirs = inputs_in_memory(public) if isinstance(public, Dataset) else None",
+        "    theirs = inputs_in_memory(other)",
+        "    theirs = inputs_in_memory(other) if isinstance(other, Dataset) else None",
         ("tests/training/test_public.py",),
     ),
     Mutant(

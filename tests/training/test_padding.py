@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import Dataset
 
 import privgrad as pg
-from privgrad.training.padding import check_padding
+from privgrad.training.padding import check_order, check_padding
 from tests.helpers import full_batch_plan
 
 LOSS = pg.supervised(F.cross_entropy)
@@ -160,3 +160,36 @@ def test_what_is_refused_is_what_one_record_would_move() -> None:
         model = Reader(pool)
         moved = float((total(model, [5] * 64 + [30]) - total(model, [5] * 64)).norm())
         assert (moved > most) if pool is mean else (moved <= most * 1.0001), moved
+
+
+def sorting(longest_first: bool) -> Callable[[list[Any]], Any]:
+    def collate(rows: list[Any]) -> Any:
+        return to_forty(sorted(rows, key=lambda row: len(row[0]), reverse=longest_first))
+
+    return collate
+
+
+@pytest.mark.parametrize("longest_first", [False, True])
+def test_sorted_records_are_refused_where_units_have_several_rows(longest_first: bool) -> None:
+    """A row's place says whose it is; with one row for each unit it does not matter whose."""
+    collate = sorting(longest_first)
+    with pytest.raises(pg.RefusedError, match="collate_fn changes the order of its records"):
+        check_order(Texts([5] * 8), collate)
+    check_order(Texts([5] * 8), to_forty)
+    check_order(Texts([5] * 8, tell=True), to_longest)
+    model, optimizer = Reader(masked_mean), torch.optim.SGD
+    plan = full_batch_plan(4, protects=pg.User("name", max_records=2))
+    keys, texts = [1, 1, 2, 2, 3, 3, 4, 4], Texts([5, 6] * 4)
+    with pytest.raises(pg.RefusedError, match="changes the order"):
+        pg.make_private(model, optimizer(model.parameters(), lr=0.0), texts, plan, LOSS, keys=keys, collate_fn=collate)
+    with pytest.raises(pg.RefusedError, match="changes the order"):
+        pg.make_private(
+            model,
+            optimizer(model.parameters(), lr=0.0),
+            texts,
+            full_batch_plan(8),
+            LOSS,
+            views=2,
+            collate_fn=collate,
+        )
+    private(model, texts, collate)

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 import privgrad as pg
 from privgrad.training.evaluation import DeclaredSplit
-from privgrad.training.public import public_rows
+from privgrad.training.public import is_made_of, public_rows, share_records
 from privgrad.training.trainer import Trainer
 
 INPUTS, CLASSES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
@@ -58,12 +58,45 @@ def trainer(directory: Path, split: Dataset[Any], private: Dataset[Any] = DATA) 
     )
 
 
-@pytest.mark.parametrize("split", [DATA, Subset(DATA, [2, 3]), TensorDataset(INPUTS.clone(), CLASSES)])
+NEW = TensorDataset(INPUTS[:1] + 1, CLASSES[:1])
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        DATA,
+        Subset(DATA, [2, 3]),
+        Subset(Subset(DATA, range(10, 20)), [2, 3]),
+        TensorDataset(INPUTS.clone(), CLASSES),
+        TensorDataset(INPUTS[:2].clone(), CLASSES[:2]),
+        ConcatDataset([NEW, TensorDataset(INPUTS[2:].clone(), CLASSES[2:])]),  # one new record does not make it new
+    ],
+)
 def test_accuracy_is_not_measured_on_private_records(tmp_path: Path, split: Dataset[Any]) -> None:
-    with pytest.raises(pg.RefusedError, match="made of the private records"):
+    with pytest.raises(pg.RefusedError, match="made of private records"):
         trainer(tmp_path / "run", split)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_record_that_occurs_in_both_by_chance_is_no_reason(tmp_path: Path) -> None:
-    trainer(tmp_path / "run", ConcatDataset([Subset(DATA, [0]), OTHER]), Subset(DATA, range(10))).fit()
+    twin = TensorDataset(INPUTS[:1].clone(), CLASSES[:1])
+    trainer(tmp_path / "run", ConcatDataset([twin, OTHER]), Subset(DATA, range(10))).fit()
+
+
+def table(rows: int, cells: int, seed: int) -> TensorDataset:
+    """Records of which there are so many kinds."""
+    drawn = torch.randint(cells, (rows,), generator=torch.Generator().manual_seed(seed))
+    kinds = torch.randn(cells, 4, generator=torch.Generator().manual_seed(cells))
+    return TensorDataset(kinds[drawn], drawn % 3)
+
+
+@pytest.mark.parametrize("cells", [3, 30, 300, 3000])
+def test_equal_records_of_a_table_of_categories_are_no_reason(cells: int) -> None:
+    """The shares of such records that come by chance have a largest one, at about a record for each kind."""
+    private = ConcatDataset([table(400, cells, 1), Subset(table(400, cells, 1), [0])])
+    for seed in range(2, 12):
+        assert not is_made_of(private, table(100, cells, seed))
+        assert not share_records(private, table(100, cells, seed).tensors)
+    if cells >= 300:  # of a few kinds nobody can tell
+        copied = TensorDataset(*(leaf.clone() for leaf in table(400, cells, 1).tensors))
+        assert is_made_of(private, copied) == (cells == 3000)

@@ -94,6 +94,8 @@ def audit(
     check_number("--confidence", confidence, above=0, below=1)
     if trials is not None:
         check_count("--trials", trials, at_least=20, at_most=10**8)
+    if picture is not None and not picture.name:
+        raise PrivgradError(f"--picture is {str(picture)!r}, no name of a file; give one, or leave it out")
     subject = _subject(target, settings or [])
     found = KINDS[kind](subject, trials, confidence)
     path = picture

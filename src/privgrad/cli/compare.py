@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from privgrad.cli.config import Config, assign, complete, read_config, resolved, section_of, without_none
@@ -239,7 +240,7 @@ def _show(rows: list[Row], trainings: int, directory: Path) -> None:
     table = Table("plan", "mean", "spread", "seeds", "epsilon", "delta", "steps", "seconds")
     for row in sorted(rows, key=lambda row: -(row.mean or 0.0)):
         table.add_row(
-            row.plan,
+            escape(row.plan),
             _percent(row.mean),
             _percent(row.spread),
             str(row.seeds),

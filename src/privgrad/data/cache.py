@@ -164,7 +164,8 @@ def _stamp(path: Path) -> list[Any]:
         found = path.stat()
     except OSError as error:
         raise PrivgradError(f"{path} cannot be read: {error.strerror or error}") from error
-    return [str(path), found.st_size, found.st_mtime_ns]
+    # (Archives and copies bring times of modification along; those of the change itself they cannot.)
+    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _remove_stale(directory: Path, name: str) -> None:

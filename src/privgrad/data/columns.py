@@ -252,7 +252,9 @@ def _check_text(path: Path) -> None:
 
 
 def _empty(column: pyarrow.Array | None) -> Any:
-    return False if column is None else compute.equal(column, "").fill_null(False).to_numpy(zero_copy_only=False)
+    if column is None:
+        return False
+    return compute.equal(compute.binary_length(column), 0).fill_null(False).to_numpy(zero_copy_only=False)
 
 
 def _listed(names: list[str]) -> str:

@@ -12,6 +12,7 @@ from pyarrow import compute
 
 from privgrad.data.cache import Cache
 from privgrad.data.columns import ParquetColumns, first_true, plain, read_keys
+from privgrad.data.edges import quoted
 from privgrad.data.find import Files
 from privgrad.data.images import SUFFIXES, Blob, read_pixels, scaling
 from privgrad.data.part import Part, agree, checked_labels
@@ -122,7 +123,7 @@ def _blob(columns: ParquetColumns, row: int, value: dict[str, object] | None) ->
     path, data = value.get("path"), value.get("bytes")
 
     def where() -> str:
-        return columns.where(row) + (f" ({path})" if path else "")
+        return columns.where(row) + (f" ({quoted(path)})" if path else "")
 
     if not isinstance(data, bytes) or not data:
         raise PrivgradError(f"{where()}: the image has no bytes; expected the image file itself in the column")
@@ -140,12 +141,17 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
                 folders[entry.name] = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
             elif entry.suffix.lower() in SUFFIXES:
                 raise PrivgradError(f"{entry} is in no class folder; expected {root.name}/CLASS/{entry.name}")
+        places: dict[tuple[int, int], Path] = {}
         for paths in folders.values():
             for path in paths:
                 if path.suffix.lower() not in SUFFIXES or not path.is_file():
                     raise PrivgradError(
                         f"{path} is no image file ({', '.join(SUFFIXES)}); take it out of the class folder"
                     )
+                found = path.stat()
+                twin = places.setdefault((found.st_dev, found.st_ino), path)
+                if twin != path:
+                    raise PrivgradError(f"{path} and {twin} are one file, and would count as two records; take one out")
     except OSError as error:
         raise PrivgradError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
     if len(folders) < 2:

@@ -14,7 +14,7 @@ from torch import Tensor
 from privgrad.data import images
 from privgrad.data.edges import check_memory, quoted, reading
 from privgrad.data.find import Files
-from privgrad.data.part import Part, agree, checked_labels
+from privgrad.data.part import AS_GIVEN, Part, agree, checked_labels
 from privgrad.data.settings import Classes, DataSettings
 from privgrad.errors import PrivgradError
 
@@ -47,7 +47,7 @@ def open_npz(files: Files, settings: DataSettings, stated: Classes | None, key: 
         labels=checked_labels(found, classes, _row_in(where, labels)),
         classes=classes,
         inputs=lambda: values,
-        scaling="as given" if values.dtype.is_floating_point else images.scaling(settings.images),
+        scaling=AS_GIVEN if values.dtype.is_floating_point else images.scaling(settings.images),
         keys=None if key is None else _keys(files, key + suffix, len(found)),
     )
 
@@ -89,9 +89,11 @@ def _keys(files: Files, name: str, count: int) -> NDArray[Any]:
     keys = _array(files, "key", name)
     if keys.shape != (count,) or keys.dtype.kind not in "iufbUSM":
         raise PrivgradError(f"{files}: array {name!r} is {_described(keys)}; expected one key per record, [{count}]")
-    missing = (
-        keys != keys if keys.dtype.kind in "fM" else keys == "" if keys.dtype.kind == "U" else numpy.zeros(count, bool)
-    )
+    if keys.dtype.kind in "US":  # 'u' and 'u ' are one user, as in other files
+        keys = numpy.char.strip(keys)
+        missing = numpy.char.str_len(keys) == 0
+    else:
+        missing = keys != keys  # NaN, NaT
     if missing.any():
         raise PrivgradError(
             f"{_row_in(str(files), name)(int(missing.argmax()))}: the key is missing; every record must belong to a unit"

@@ -15,6 +15,9 @@ from privgrad.data.edges import quoted
 from privgrad.data.settings import Classes
 from privgrad.errors import PrivgradError
 
+AS_GIVEN = "as given"
+"""How float arrays become tensors: not at all."""
+
 
 @dataclass(frozen=True)
 class Part:

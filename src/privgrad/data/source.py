@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from privgrad.data.find import Files, expanded, locate, one_split, split_files
 from privgrad.data.generators import GENERATORS
 from privgrad.data.image_files import open_folder, open_parquet_images
 from privgrad.data.npz import holds_both_splits, open_npz
-from privgrad.data.part import Part, count_of
+from privgrad.data.part import AS_GIVEN, Part, count_of
 from privgrad.data.records import Records
 from privgrad.data.settings import Classes, DataSettings, ImageSettings, NpzSettings
 from privgrad.data.split import check_share, dense_units, split
@@ -216,6 +216,7 @@ def _open(path: Path, settings: DataSettings, adjacency: Adjacency, key: str | N
     splits = [files] if test_files is None else [files, test_files]
     _check_sections(settings, path, set().union(*(_sections(split, settings) for split in splits)))
     train = _open_part(files, settings, _stated(files, settings), key, cache, "_train" if both else "")
+    _check_image_settings(settings, path, set().union(*(_image_settings(split, train.scaling) for split in splits)))
     if settings.test_share is not None:
         return split(train, settings.test_share)
     test = _open_part(test_files or files, settings, train.classes, None, cache, "_test" if both else "")
@@ -227,6 +228,23 @@ def _check_sections(settings: DataSettings, path: Path, used: set[str]) -> None:
     for name, default in (("images", ImageSettings()), ("npz", NpzSettings()), ("table", None), ("features", None)):
         if name not in used and getattr(settings, name) != default:
             raise PrivgradError(f"[data.{name}] is given, and {path} is read without it; leave it out")
+
+
+def _check_image_settings(settings: DataSettings, path: Path, used: set[str]) -> None:
+    """The same for what stands in [data.images]."""
+    if settings.features is not None:
+        used = used - {"mean", "std"}  # features are of pixels / 255
+    for field in fields(ImageSettings):
+        if field.name not in used and getattr(settings.images, field.name) != field.default:
+            raise PrivgradError(f"data.images.{field.name} is given, and {path} is read without it; leave it out")
+
+
+def _image_settings(files: Files, scaling: str) -> set[str]:
+    """What of [data.images] a file is read by."""
+    if files.kind == ".npz" and not files.is_folder:
+        return {"augment"} if scaling == AS_GIVEN else {"mean", "std", "augment"}
+    every = {field.name for field in fields(ImageSettings)}
+    return every - {"column", "label"} if files.is_folder else every
 
 
 def _sections(files: Files, settings: DataSettings) -> set[str]:

@@ -106,7 +106,7 @@ def _codes(
         found = _texts(columns, what, name, column)
         wanted = pyarrow.array(values, pyarrow.string())
     else:
-        found = pyarrow.array(_numbers(columns, name, column))
+        found = pyarrow.array(_numbers(columns, name, column) + 0.0)  # -0 is 0
         wanted = pyarrow.array([float(value) for value in values])
     codes: NDArray[Any] = compute.index_in(found, value_set=wanted).fill_null(-1).to_numpy(zero_copy_only=False)
     return codes.astype(numpy.int64)

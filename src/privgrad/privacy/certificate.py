@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
@@ -207,8 +208,8 @@ def meaning(certificate: Mapping[str, Any]) -> str:
 
 
 def to_markdown(certificate: Mapping[str, Any]) -> str:
-    """The certificate as Markdown."""
-    c = certificate
+    """The certificate as Markdown. Names that the user gave (files, keys, blocks) stay words: no headings, links or tags."""
+    c = _as_words(certificate)
     lines = [
         "# Privacy certificate",
         "",
@@ -264,3 +265,13 @@ def to_markdown(certificate: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _as_words(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_words(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_words(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(value.split())).replace("](", "]\\(")

@@ -90,11 +90,13 @@ def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
         axes.annotate(f"{mean:.1f}", (mean, place + 0.3), ha="center", va="bottom", color=ACCENT, fontsize=9)
     own = len({row.delta for row in rows}) > 1
     words = [_shown(row.epsilon) + (f", δ = {row.delta!r}" if own else "") for row in shown]
-    axes.set_yticks(range(len(shown)), [f"{row.plan}\nε = {text}" for row, text in zip(shown, words, strict=True)])
+    axes.set_yticks(
+        range(len(shown)), [f"{_plain(row.plan)}\nε = {text}" for row, text in zip(shown, words, strict=True)]
+    )
     axes.set_ylim(-0.6, max(1, len(shown)) - 0.2)
     axes.margins(x=0.12)
     axes.set_xlabel("test accuracy, %  (a dot for each seed, a bar for the mean)")
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_title(_plain(title), loc="left", fontsize=11, color=INK)
     axes.grid(axis="x", color="#e4e6e8", zorder=0)
     bare(axes)
     return svg(figure)
@@ -103,3 +105,8 @@ def to_svg(rows: Sequence[Row], cells: Sequence[Cell], title: str) -> str:
 def _shown(epsilon: float) -> str:
     # Upwards, as every epsilon that people read.
     return "∞" if math.isinf(epsilon) else round_up(epsilon, 2)
+
+
+def _plain(name: str) -> str:
+    """A name as it is: no formula between dollars, nothing that XML cannot hold."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name).replace("$", r"\$")

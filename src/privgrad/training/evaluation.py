@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from privgrad.errors import PrivgradError, RefusedError, nearest
 from privgrad.gradients.contract import Tree
 from privgrad.training.batches import taker
-from privgrad.training.public import inputs_in_memory, is_part_of
+from privgrad.training.public import is_made_of
 
 DECLARATIONS = ("public", "held-out")
 
@@ -49,11 +49,10 @@ def check_split(split: object, private: Dataset[Any]) -> None:
     """
     if not isinstance(split, DeclaredSplit):
         raise PrivgradError(f"test is a {type(split).__name__}; expected DeclaredSplit(dataset, declared='held-out')")
-    held = inputs_in_memory(split.dataset)
-    if split.dataset is private or (held is not None and is_part_of(private, held)):
+    if is_made_of(private, split.dataset):
         raise RefusedError(
-            f"the split {split.name!r} is made of the private records, whose accuracy would leave un-noised; give other records, "
-            "or ask for it by name: disclose = ['training_accuracy'] in the plan"
+            f"the split {split.name!r} is made of private records, whose accuracy would leave un-noised; give other records, or "
+            "leave the split out (accuracy on the private ones has a name of its own: disclose = ['training_accuracy'])"
         )
     batch = next(_in_order(split.dataset, 1), None)
     if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from privgrad.errors import RefusedError
 from privgrad.gradients.contract import LossFn, Tree
 from privgrad.mechanism.statistics import in_eval_mode
-from privgrad.nn.state import same_randomness, seed_all, undisturbed
+from privgrad.nn.state import same, same_randomness, seed_all, undisturbed
 from privgrad.training.batches import items_of, made_up, size_of
 
 _TRIALS = 24
@@ -58,6 +58,51 @@ def check_padding(
             "the gradients of all others, and clipping a row does not bound that; pad to a fixed length, or keep the padding out "
             "of the loss (a mask, packed sequences, the last position by its own length)"
         )
+
+
+def check_order(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
+    """Refuse a collate_fn that sorts its records by length, where units may have several rows: whose a row is, its place says.
+
+    The caller keeps the generators. Nothing is said where no record can be made longer, or collate_fn cannot take a made-up one.
+
+    Guarantee: as `check_padding`.
+
+    Raises:
+        RefusedError: two records of different length make the same batch in either order.
+    """
+    if collate_fn is None or size_of(dataset) == 0:
+        return
+    sorts = False
+    with suppress(Exception):  # what cannot be read or collated is refused elsewhere, in words
+        (like,) = items_of(dataset, [0])
+        sorts = any(_sorts(collate_fn, like, seed) for seed in range(_TRIALS))
+    if sorts:
+        raise RefusedError(
+            "collate_fn changes the order of its records (by their length, say), and a row's place says whose it is: the rows of "
+            "one unit would count as another's; keep the order (pack_padded_sequence has enforce_sorted=False)"
+        )
+
+
+def _sorts(collate_fn: Callable[[list[Any]], Tree], like: Any, seed: int) -> bool:
+    seed_all(seed, [])
+    record, other = (pytree.tree_map(made_up, like) for _ in range(2))
+    for longer in _longer(other):
+        with suppress(Exception):  # a tensor that has to keep its size: another one may grow
+            found = [_leaves(collate_fn, items, seed) for items in ([record, longer], [longer, record])]
+            rows = [[leaf[row] for leaf in found[0] if len(leaf) == 2] for row in range(2)]
+            if _equal(*found) and not _equal(*rows):
+                return True
+    return False
+
+
+def _leaves(collate_fn: Callable[[list[Any]], Tree], items: list[Any], seed: int) -> list[Tensor]:
+    seed_all(seed, [])
+    leaves = pytree.tree_leaves(collate_fn(copy.deepcopy(items)))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(same, one, other))
 
 
 def _pairs(dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree]) -> list[tuple[Tree, Tree]]:

@@ -28,6 +28,7 @@ from privgrad.nn.coupling import CouplingGuard
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
 from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
+from privgrad.privacy.adjacency import User
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import (
@@ -41,7 +42,7 @@ from privgrad.training.batches import (
 )
 from privgrad.training.loss import check_loss
 from privgrad.training.optimizers import check_optimizer, check_plain
-from privgrad.training.padding import check_padding
+from privgrad.training.padding import check_order, check_padding
 from privgrad.training.processes import check_processes
 from privgrad.training.public import public_rows
 from privgrad.training.units import Keys, Units, Views, units_of
@@ -353,6 +354,8 @@ def make_private(
     plan.check_public(public is not None)
     with same_randomness([]):
         check_apart(dataset, collate_fn)
+        if views > 1 or isinstance(plan.protects, User):
+            check_order(dataset, collate_fn)
     check_padding(model, loss_fn, dataset, collate_fn)
     shown = public_rows(public, dataset, collate_fn)
     coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +19,9 @@ from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Tree
 from privgrad.training.batches import collated, size_of, with_dicts
 
-_LOOKED_AT = 16
-"""So many records of a split are looked for among the private ones: each takes a pass over all of these."""
+_BY_CHANCE = 1 / math.e
+"""Of n draws from cells of one size, at most this share fall into a cell that others, and no further draw, fell into once: the
+most of l exp(-l) exp(-m) for any numbers l, m expected in a cell; so it is with cells of many sizes."""
 
 
 def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> Tree:
@@ -26,7 +29,8 @@ def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[A
 
     Raises:
         RefusedError: the private data set itself, or data that share a record's inputs with it (looked for where both are held in
-            memory: a batch, TensorDataset, what the command line reads, and subsets and concatenations of these).
+            memory: a batch, TensorDataset, what the command line reads, and subsets and concatenations of these; where private
+            inputs repeat, more have to be shared than chance explains).
     """
     if public is None:
         return None
@@ -38,8 +42,7 @@ def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[A
             raise PrivgradError(
                 f"public is a {type(public).__name__}; expected a Dataset or a batch (a tree of tensors)"
             )
-    theirs = inputs_in_memory(public)
-    if theirs is not None and share_records(private, theirs):
+    if share_records(private, public):
         raise RefusedError(
             "public and private data share records; what is public of a private record is not protected: give data that are "
             "disjoint from the private ones"
@@ -49,29 +52,49 @@ def public_rows(public: Any, private: Dataset[Any], collate_fn: Callable[[list[A
     return collated(public, numpy.arange(size_of(public)), collate_fn)
 
 
-def share_records(private: Dataset[Any], others: Tensor) -> bool:
-    """Whether some of the inputs `others` are inputs of private records, bit by bit, as far as can be seen."""
-    ours = _like(private, others)
-    if ours is None:
+def share_records(private: Dataset[Any], public: Any) -> bool:
+    """Whether some of the public records are private ones, as far as can be seen: one is enough."""
+    return _same_rows(private, public) or _in_common(private, public, few=0)
+
+
+def is_made_of(private: Dataset[Any], split: Dataset[Any]) -> bool:
+    """Whether a split holds private records, as far as can be seen: the very rows, or more equal ones than come by chance."""
+    return _same_rows(private, split) or _in_common(private, split, few=2)
+
+
+def _same_rows(private: Dataset[Any], other: Any) -> bool:
+    """Whether subsets and concatenations lead to the same rows of the same data set."""
+    if not isinstance(other, Dataset):
         return False
-    known = {_digest(row) for row in others}
-    return any(_digest(row) in known for row in ours)
+    return not set(_places(private)).isdisjoint(_places(other))
 
 
-def is_part_of(private: Dataset[Any], others: Tensor) -> bool:
-    """Whether the inputs `others` look like a part of the private ones: some of them, spread out, are all found there."""
-    ours = _like(private, others)
-    if ours is None or not len(others):
-        return False
-    places = torch.linspace(0, len(others) - 1, min(len(others), _LOOKED_AT)).long()
-    return all(bool((ours == row).reshape(len(ours), -1).all(1).any()) for row in others[places])
+def _places(data: Dataset[Any]) -> list[tuple[int, int]]:
+    """For each record the data set that holds it, and where."""
+    if isinstance(data, Subset):
+        whole = _places(data.dataset)
+        return [whole[int(index)] for index in data.indices]
+    if isinstance(data, ConcatDataset):
+        return [place for part in data.datasets for place in _places(part)]
+    return [(id(data), row) for row in range(size_of(data))]
 
 
-def _like(private: Dataset[Any], others: Tensor) -> Tensor | None:
-    """The private inputs, where they are in memory and of the same form."""
+def _in_common(private: Dataset[Any], other: Any, *, few: int) -> bool:
+    """Whether more inputs are equal, bit by bit, than by chance: more than `few` and one in a hundred (none for few = 0), or all.
+
+    Where private inputs repeat (tables of categories) equal ones are no sign; those that occur once on either side are.
+    """
+    theirs = inputs_in_memory(other)
     ours = inputs_in_memory(private)
-    same = ours is not None and ours.dtype == others.dtype and ours.shape[1:] == others.shape[1:]
-    return ours if same else None
+    if theirs is None or ours is None or ours.dtype != theirs.dtype or ours.shape[1:] != theirs.shape[1:]:
+        return False
+    known, asked = Counter(map(_digest, ours)), Counter(map(_digest, theirs))
+    rows = len(theirs)
+    if len(known) == len(ours):
+        found = sum(count for key, count in asked.items() if key in known)
+        return found > 0 if few == 0 else found > max(few, rows / 100) or found == rows
+    found = sum(count == 1 and known.get(key) == 1 for key, count in asked.items())
+    return found > rows * _BY_CHANCE + 2 * math.sqrt(rows)
 
 
 def inputs_in_memory(data: Any) -> Tensor | None:

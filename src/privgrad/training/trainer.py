@@ -245,7 +245,9 @@ class Trainer:
         """Before the ledger's first line: a directory in which a run has begun always says which plan it is of."""
         self.run.clear()
         if self._config is not None:
-            write_atomically(self.run.config, self._config)
+            # Of a seeded plan it holds the seed.
+            seeded = self.plan.noise.insecure_seed is not None
+            write_atomically(self.run.config, self._config, secret=seeded)
         write_atomically(self.run.plan, plan_text(self.plan.to_json()))
 
     def _go_on(self) -> None:
