@@ -6,23 +6,27 @@ tell: a line of the user's own forward, a contrastive loss or a weighted mean co
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from privgrad.errors import PrivgradError
+from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import LossFn, trainable
 from privgrad.gradients.loss import WithLoss
 from privgrad.nn.finding import Finding, refuse_coupling, refuse_memory
+from privgrad.nn.generators import generators_in
 from privgrad.nn.inspection import Inspection, NotFiniteError
 from privgrad.nn.probe import Probe
-from privgrad.nn.state import generators_of, named, undisturbed
+from privgrad.nn.state import named, undisturbed
 from privgrad.nn.subject import ROWS, Draw, Subject, reason
 
 _FIRST, _SECOND = Draw(seed=1, keep_all=True), Draw(seed=2, keep_all=False)
+Met = dict[int, weakref.ref[torch.Generator]]
 _LARGE = 1e3
 """Rows this much larger blow up a coupling that is small (a hundredth of the batch's mean, say); NaN passes through every sum."""
 
@@ -45,15 +49,27 @@ def find_coupling(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Findi
     Raises:
         PrivgradError: a loss that is not one finite number per row, cannot run on the probe or on one row, or reaches no
             trainable parameter; parameters that are not finite.
-        RefusedError: losses that differ from run to run although all random numbers are the same.
+        RefusedError: losses that differ from run to run although all random numbers are the same, or random numbers that are the
+            same whatever torch's generator was seeded with.
     """
+    found, _ = _coupling(model, loss_fn, probe)
+    return found
+
+
+def _coupling(model: nn.Module, loss_fn: LossFn, probe: Probe) -> tuple[list[Finding], Met]:
     _check_parameters(model)
     modules = named(model, loss_fn)
     with warnings.catch_warnings(), undisturbed(modules) as snapshot:
         warnings.simplefilter("ignore")  # NaN and large rows are no news to the user
         subject = Subject(model, loss_fn, modules, snapshot)
         form, first = _first_inspection(subject, probe)
-        return first.thoroughly(_LARGE) or _inspection(subject, form, _SECOND).quickly(math.nan)
+        found = first.thoroughly(_LARGE) or _inspection(subject, form, _SECOND).quickly(math.nan)
+        if subject.seeds_itself:
+            raise RefusedError(
+                "the model or the loss seeds torch's generator in its forward pass: a record more would shift known draws of all "
+                "that come after it; leave the seed to privgrad, or draw once, when the model is made"
+            )
+        return found, subject.generators
 
 
 def find_memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Finding]:
@@ -64,6 +80,11 @@ def find_memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Finding
 
     Guarantee, errors: as `find_coupling`.
     """
+    found, _ = _memory(model, loss_fn, probe)
+    return found
+
+
+def _memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> tuple[list[Finding], Met]:
     _check_parameters(model)
     modules = named(model, loss_fn)
     reached = {
@@ -72,9 +93,10 @@ def find_memory(model: nn.Module, loss_fn: LossFn, probe: Probe) -> list[Finding
     put_back = {(name, buffer) for name, module in modules.items() if module in reached for buffer in module._buffers}
     with warnings.catch_warnings(), undisturbed(modules) as snapshot:
         warnings.simplefilter("ignore")
-        _, first = _first_inspection(Subject(model, loss_fn, modules, snapshot), probe)
+        subject = Subject(model, loss_fn, modules, snapshot)
+        _, first = _first_inspection(subject, probe)
         first.thoroughly(_LARGE)
-        return first.remembered(put_back)
+        return first.remembered(put_back), subject.generators
 
 
 class CouplingGuard:
@@ -85,6 +107,7 @@ class CouplingGuard:
         self._modules = list(named(model, loss_fn).values())
         self._answers: dict[tuple[bool, ...], bool] = {}
         self._forgetting: set[tuple[bool, ...]] = set()
+        self._generators: dict[int, torch.Generator] = {}
 
     def passes(self) -> bool:
         """True where `check` finds nothing: rows are alone. Kept for every combination of modes, whatever the answer."""
@@ -104,7 +127,9 @@ class CouplingGuard:
         """
         modes = self._modes()
         if not self._answers.get(modes, False):
-            refuse_coupling(find_coupling(self._model, self._loss_fn, self._probe))
+            found, met = _coupling(self._model, self._loss_fn, self._probe)
+            refuse_coupling(found)
+            self._take(met)
             self._answers[modes] = True
 
     def check_memory(self) -> None:
@@ -115,12 +140,29 @@ class CouplingGuard:
         """
         modes = self._modes()
         if modes not in self._forgetting:
-            refuse_memory(find_memory(self._model, self._loss_fn, self._probe))
+            found, met = _memory(self._model, self._loss_fn, self._probe)
+            refuse_memory(found)
+            self._take(met)
             self._forgetting.add(modes)
 
     def generators(self) -> list[torch.Generator]:
-        """The random generators of torch that model and loss hold."""
-        return generators_of(named(self._model, self._loss_fn), self._loss_fn)
+        """The random generators of torch that model and loss held when they were checked, or gave to an operation then."""
+        return list(self._generators.values())
+
+    def _take(self, met: Met) -> None:
+        if met:
+            gc.collect()
+        for reference in met.values():
+            generator = reference()
+            if generator is None:
+                raise RefusedError(
+                    "the model or the loss makes a torch.Generator in its forward pass: a record more would shift known draws of "
+                    "all that come after it; make it once and keep it (it is seeded secretly in each step), or draw without one"
+                )
+            self._generators[id(generator)] = generator
+        for held in generators_in(model=self._model, loss_fn=self._loss_fn).values():
+            if isinstance(held, torch.Generator):
+                self._generators[id(held)] = held
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(module.training for module in self._modules)

@@ -42,11 +42,13 @@ class EqualDraws(TorchDispatchMode):
         """False once an operation was met that cannot be made equal (fused attention with dropout)."""
         self.types: set[torch.dtype] = set()
         """The types in which anything was computed (a loss may run in autocast, and return float32)."""
+        self.seeds: set[int] = set()
+        """Of the operations: others for another `seed`, unless the model seeds torch's generator itself."""
         self._rows = rows
         self._devices = [device for device in devices if device.type == "cuda"]
         self._seed = seed
         self._keep_all = keep_all
-        self._borrowed: dict[torch.Generator, Tensor] = {}
+        self._borrowed: list[tuple[torch.Generator, Tensor]] = []
         self._calls: Counter[str] = Counter()
         self._streams: list[Tensor] = []
 
@@ -64,8 +66,10 @@ class EqualDraws(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
-            for generator, state in self._borrowed.items():
+            # The first state last: torch makes a new object for the same generator each time.
+            for generator, state in reversed(self._borrowed):
                 generator.set_state(state)
+            self._borrowed.clear()
 
     def _enter(self, name: str) -> Callable[..., None]:
         def enter(*_: Any) -> None:
@@ -87,9 +91,10 @@ class EqualDraws(TorchDispatchMode):
                 self.types.add(result.dtype)
             return result
         name = func.overloadpacket.__name__
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        self.seeds.add(seed)
         if self._keep_all and name in _COINS:
             return _heads(name, *args, **options)
-        seed = int(torch.randint(2**31, (), device="cpu"))
 
         def draw(*values: Any) -> Any:
             self._seed_all(seed, options.get("generator"))
@@ -135,7 +140,7 @@ class EqualDraws(TorchDispatchMode):
 
     def _seed_all(self, seed: int, generator: torch.Generator | None) -> None:
         if generator is not None:
-            self._borrowed.setdefault(generator, generator.get_state())
+            self._borrowed.append((generator, generator.get_state()))
             generator.manual_seed(seed)
             return
         for own in self._generators():

@@ -14,7 +14,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from privgrad.gradients.holdings import CONTAINERS, LARGE, Holdings, attributes_of, walk
+from privgrad.gradients.holdings import CONTAINERS, LARGE, Holdings, attributes_of
+from privgrad.nn.generators import Generator, put_back, state_of
 
 
 class Slot(NamedTuple):
@@ -64,14 +65,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-def generators_of(modules: Mapping[str, nn.Module], loss_fn: Callable[..., Any]) -> list[torch.Generator]:
-    """torch's random generators that modules hold, in containers too, or the loss function."""
-    closure = getattr(loss_fn, "__closure__", None) or ()
-    held = [value for module in modules.values() for value in attributes_of(module).values()]
-    values = walk([*held, *(_content(cell) for cell in closure), *getattr(loss_fn, "__dict__", {}).values()])
-    return list({id(value): value for value in values if isinstance(value, torch.Generator)}.values())
 
 
 class Snapshot:
@@ -176,9 +169,9 @@ def devices_of(modules: Mapping[str, nn.Module]) -> list[torch.device]:
 
 
 @contextmanager
-def same_randomness(devices: list[torch.device], generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+def same_randomness(devices: list[torch.device], generators: Sequence[Generator] = ()) -> Iterator[None]:
     """Torch's, numpy's and Python's random states are afterwards what they were before, and those of `generators`."""
-    own = [generator.get_state() for generator in generators]
+    own = [state_of(generator) for generator in generators]
     cuda = [device for device in devices if device.type == "cuda"]
     states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in cuda]
     others = numpy.random.get_state(), random.getstate()
@@ -186,7 +179,7 @@ def same_randomness(devices: list[torch.device], generators: Sequence[torch.Gene
         yield
     finally:
         for generator, state in zip(generators, own, strict=True):
-            generator.set_state(state)
+            put_back(generator, state)
         torch.set_rng_state(states[0])
         for device, state in zip(cuda, states[1], strict=True):
             torch.cuda.set_rng_state(state, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from privgrad.errors import PrivgradError
@@ -57,6 +59,9 @@ class Subject:
         self._awake = _awakened(self.parameters)
         self.precision = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters)
         """The machine epsilon of the coarsest type that was met."""
+        self.generators: dict[int, weakref.ref[torch.Generator]] = {}
+        """That operations were given, wherever they are held."""
+        self._seeds: dict[int, set[int]] = {}
 
     def run(
         self,
@@ -84,9 +89,10 @@ class Subject:
         given = pytree.tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], structure)
         draws = EqualDraws(ROWS, self._devices, seed=draw.seed, keep_all=draw.keep_all)
         rows = next(len(leaf) for leaf in leaves if isinstance(leaf, Tensor))
-        with torch.enable_grad(), draws.drawing(self.hooked), hooks():
+        with torch.enable_grad(), draws.drawing(self.hooked), hooks(), _Given(self.generators):
             before = foreign_draws()
             losses = one_per_row(self.loss_fn(self.model, given), rows)
+        self._seeds.setdefault(draw.seed, set()).update(draws.seeds)
         equal = draws.equal and foreign_draws() == before
         types = [kind for kind in draws.types if kind.is_floating_point]
         self.precision = max([self.precision, *(torch.finfo(kind).eps for kind in types)])
@@ -117,6 +123,12 @@ class Subject:
         return flat.nan_to_num(0, 0, 0), [part.nan_to_num(0, 0, 0) for part in found[count:]]
 
     @property
+    def seeds_itself(self) -> bool:
+        """Whether some draw was the same whatever the runs were seeded with: the model or the loss seeds torch's generator."""
+        known = list(self._seeds.values())
+        return len(known) > 1 and bool(set.intersection(*known))
+
+    @property
     def same_shape(self) -> float:
         """The relative difference that rounding explains where the shapes are equal: for float32, 2.4e-5.
 
@@ -129,6 +141,20 @@ class Subject:
         """The same between batches of different sizes: half of the digits. (On a GPU, products may be in TF32.)"""
         coarse = 2.0**-10 if self.device.type == "cuda" else 0.0
         return math.sqrt(max(self.precision, coarse))
+
+
+class _Given(TorchFunctionMode):
+    """Notes the generators that operations are given. (What is dispatched gets another object for the same generator.)"""
+
+    def __init__(self, found: dict[int, weakref.ref[torch.Generator]]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            if isinstance(value, torch.Generator):
+                self._found[id(value)] = weakref.ref(value)
+        return func(*args, **(kwargs or {}))
 
 
 def _awakened(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
 from privgrad.data.records import Records
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.gradients.contract import Fold, Tree
+from privgrad.nn.generators import generators_in, reseed
 from privgrad.nn.state import same, seed_all
 
 _SEEDS = 8
@@ -214,6 +215,14 @@ def _differ(one: list[Tensor], other: list[Tensor]) -> bool:
     return any(a.shape == b.shape and not same(a, b) for a, b in zip(one, other, strict=False))
 
 
+def _seed_worker(_: int) -> None:
+    """A worker has a copy of the data set and of the generators that it holds; torch's own has a secret seed there."""
+    information = get_worker_info()
+    if information is not None:
+        for generator in generators_in(rows=information.dataset).values():
+            reseed(generator, int(torch.randint(2**53, ())))
+
+
 def _as_is(item: Tree) -> Tree:
     return item
 
@@ -243,6 +252,7 @@ def sampled_batches(
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=pin_memory,
+        worker_init_fn=_seed_worker,
         generator=torch.Generator().manual_seed(
             seed
         ),  # of its own: making a loader must not move the user's (dropout, after a resume)

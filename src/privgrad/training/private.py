@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from privgrad.mechanism.states import Release
 from privgrad.mechanism.statistics import in_eval_mode
 from privgrad.mechanism.step import Reduce, StepRunner
 from privgrad.nn.coupling import CouplingGuard
+from privgrad.nn.generators import Generator, check_foreign, generators_in, reseed
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
 from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
@@ -78,6 +79,7 @@ class Private:
         collate_fn: Callable[[list[Any]], Tree] | None,
         workers: int,
         units: Units,
+        reading: Sequence[Generator],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -93,6 +95,7 @@ class Private:
         self._parameters = trainable(model)
         self._pending: SampledBatch | None = None
         self._pending_step = 0
+        self._reading = reading
         self._filled_at: list[int] | None = None
         self._iterators = 0
 
@@ -140,7 +143,7 @@ class Private:
             seed=_seed(self._loading.at(0)),
         )
         while True:
-            with self._own_randomness(self._loading):
+            with self._own_randomness(self._loading, self._reading):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -267,7 +270,7 @@ class Private:
                 self._coupling.check()
             else:
                 self._coupling.check_memory()
-            with self._own_randomness(self._forward):
+            with self._own_randomness(self._forward, self._coupling.generators()):
                 return self.runner.release(data, fold, rate=float(self.optimizer.param_groups[0]["lr"]))
         except BaseException:
             # Which steps fail may depend on the records in them: the batch must be tried again, or the training ends.
@@ -276,19 +279,18 @@ class Private:
             raise
 
     @contextmanager
-    def _own_randomness(self, source: Source) -> Iterator[None]:
+    def _own_randomness(self, source: Source, generators: Sequence[Generator]) -> Iterator[None]:
         """Dropout and augmentation draw from a seed of this step, and leave the state of the process's generators as it was.
 
         How much is drawn follows the size of a private batch: from generators whose seed is known, one record more would change
-        the masks of all others, and their state (in a checkpoint) would tell the size. So do generators that the model holds.
+        the masks of all others, and their state (in a checkpoint) would tell the size. So do `generators`, of somebody's code.
         """
         devices = sorted({parameter.device for parameter in self._parameters.values()}, key=str)
-        generators = self._coupling.generators()
         with same_randomness(devices, generators):
             drawn = source.at(self.ledger.count + 1).integers(1 + len(generators), 2**53)
             seed_all(int(drawn[0]), devices)
             for generator, seed in zip(generators, drawn[1:].tolist(), strict=True):
-                generator.manual_seed(seed)
+                reseed(generator, seed)
             yield
 
     def _fill(self, release: Release) -> None:
@@ -343,6 +345,7 @@ def make_private(
     """
     check_loss(loss_fn)
     check_processes(model)
+    check_foreign(model, loss_fn)
     collate_fn = None if collate_fn is None else dicts_from(collate_fn)
     units = Views(units_of(dataset, plan.protects, keys), views)
     plan = plan.for_dataset(units.count)
@@ -352,13 +355,14 @@ def make_private(
     if plan.noise.insecure_seed == SECRET:
         raise PrivgradError("the plan was stored without its seed; give noise.insecure_seed again to run it")
     plan.check_public(public is not None)
-    with same_randomness([]):
+    reading = list(generators_in(dataset=dataset, collate_fn=collate_fn).values())
+    with same_randomness([], reading):
         check_apart(dataset, collate_fn)
         if views > 1 or isinstance(plan.protects, User):
             check_order(dataset, collate_fn)
-    check_padding(model, loss_fn, dataset, collate_fn)
+        check_padding(model, loss_fn, dataset, collate_fn)
+        coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     shown = public_rows(public, dataset, collate_fn)
-    coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))
     if plan.groups is None:
         coupling.check()
     else:
@@ -377,7 +381,7 @@ def make_private(
             "data set; open it with plan.for_dataset(units).terms()"
         )
     runner = StepRunner(plan, model, loss_fn, chosen, ledger, shown, reduce, coupling.passes)
-    return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units)
+    return Private(model, optimizer, dataset, runner, coupling, collate_fn, workers, units, reading)
 
 
 def _probe(
