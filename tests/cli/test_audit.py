@@ -45,6 +45,12 @@ def audited(*arguments: object) -> dict[str, object]:
     return found
 
 
+def test_a_picture_without_a_name_is_refused_before_the_attack(noisy: Path) -> None:
+    said = say("audit", noisy, "--picture", "/")
+    assert said.code == 2
+    assert "--picture is '/', no name of a file" in said.err
+
+
 def test_a_step_of_a_configuration(noisy: Path, tmp_path: Path) -> None:
     picture = tmp_path / "step.svg"
     found = audited(

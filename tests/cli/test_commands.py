@@ -386,6 +386,7 @@ def test_a_seeded_run_is_reproducible_and_says_what_that_costs(tmp_path: Path) -
     for path in (tmp_path / "one").rglob("*"):
         if path.is_file() and path.name != "config.toml":
             assert b"918273645" not in path.read_bytes(), path.name
+    assert (tmp_path / "one" / "config.toml").stat().st_mode & 0o077 == 0
     assert "seed of the noise stays secret" in (tmp_path / "one" / "certificate.md").read_text()
 
 

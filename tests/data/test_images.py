@@ -108,6 +108,15 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     assert (source.classes, source.size, len(source.test)) == (2, 7, 2)  # type: ignore[arg-type]
 
 
+def test_one_file_in_two_places_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_folder(tmp_path / name, pictures(4), [0, 1, 0, 1])
+    first, *_ = sorted((tmp_path / "train" / "cat").iterdir())
+    (first.parent / "again.png").symlink_to(first)
+    with pytest.raises(PrivgradError, match="are one file, and would count as two records"):
+        load(settings(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "PPM"])
 def test_lossless_formats_give_the_same_pixels(tmp_path: Path, kind: str) -> None:
     array = pictures(6)

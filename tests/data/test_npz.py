@@ -102,6 +102,29 @@ def test_keys_are_an_array_beside(tmp_path: Path) -> None:
         load(settings(tmp_path / "d.npz", npz=NPZ), key="owner")
 
 
+def test_one_user_is_one_whatever_spaces_are_around(tmp_path: Path) -> None:
+    whole = numpy.array(["u", " u", "u ", "v"] * 3)
+    numpy.savez(tmp_path / "both.npz", x_train=features(), y_train=Y, x_test=features() + 1, y_test=Y, user_train=whole)
+    assert load(settings(tmp_path / "both.npz", npz=NPZ), key="user").users == 2
+
+
+@pytest.mark.parametrize(
+    ("pixels", "data", "key"),
+    [
+        (True, {"images": {"size": [32, 32]}}, "data.images.size"),
+        (True, {"images": {"mode": "color"}}, "data.images.mode"),
+        (True, {"images": {"label": "nonsense"}}, "data.images.label"),
+        (True, {"images": {"classes": 77}}, "data.images.classes"),
+        (False, {"images": {"mean": 0.1}}, "data.images.mean"),
+        (False, {"images": {"std": 77.0}}, "data.images.std"),
+    ],
+)
+def test_settings_that_would_not_be_heeded_are_refused(tmp_path: Path, pixels: bool, data: Any, key: str) -> None:
+    """The certificate would claim what was never done."""
+    path = saved(tmp_path / "d.npz", **({"x": pictures(N)} if pixels else {}))
+    assert f"{key} is given, and {path} is read without it; leave it out" in refusal(path, **data)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -109,6 +132,8 @@ def test_keys_are_an_array_beside(tmp_path: Path) -> None:
         (numpy.zeros((N, 2)), "expected one key per record, [12]"),
         (numpy.array([1.0] * 4 + [numpy.nan] * 8), "row 5: the key is missing"),
         (numpy.array(["a"] * 4 + [""] * 8), "row 5: the key is missing"),
+        (numpy.array(["a"] * 4 + [" "] * 8), "row 5: the key is missing"),
+        (numpy.array([b"a"] * 4 + [b""] * 8), "row 5: the key is missing"),
         (numpy.array(["2001-01-01"] * 4 + ["NaT"] * 8, "M8[D]"), "row 5: the key is missing"),
         (numpy.array([{}] * N, dtype=object), "Object arrays cannot be loaded"),
     ],

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import privgrad as pg
+from privgrad.privacy.certificate import to_markdown
 from privgrad.report.certificate_page import to_html
 from privgrad.training.trainer import Trainer
 
@@ -53,6 +54,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Certificate]:
 @pytest.fixture
 def plain(made: dict[str, Certificate]) -> Certificate:
     return copy.deepcopy(made["plain"])
+
+
+def test_names_stay_words_in_markdown(plain: Certificate) -> None:
+    plain["data"] = "x\n\n# Privacy certificate: epsilon 0\n\n[free](https://evil.example) <b onclick=f()>tr; 3 < 4"
+    text = to_markdown(plain)
+    assert [line for line in text.splitlines() if line.startswith("# ")] == ["# Privacy certificate"]
+    assert "](" not in text.replace("]\\(", "")
+    assert "<b" not in text
+    assert "3 < 4" in text
 
 
 @pytest.fixture(params=["plain", "seeded", "no guarantee"])

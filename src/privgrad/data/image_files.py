@@ -123,7 +123,7 @@ def _blob(columns: ParquetColumns, row: int, value: dict[str, object] | None) ->
     path, data = value.get("path"), value.get("bytes")
 
     def where() -> str:
-        return columns.where(row) + (f" ({quoted(path)})" if path else "")
+        return columns.where(row) + (f" ({path if str(path).isprintable() else quoted(path)})" if path else "")
 
     if not isinstance(data, bytes) or not data:
         raise PrivgradError(f"{where()}: the image has no bytes; expected the image file itself in the column")
