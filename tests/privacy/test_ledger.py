@@ -154,6 +154,19 @@ def test_spent_of_a_ledger_with_two_kinds_of_steps():
 # The chain
 
 
+def test_an_end_that_no_crash_leaves_is_damage(tmp_path):
+    """One line may be cut off. A copy whose last pages are zeros has lost steps that were charged and used."""
+    path = tmp_path / "ledger.jsonl"
+    raw = written(path, *[STEP] * 20)
+    line = raw.splitlines(keepends=True)[-1]
+    path.write_bytes(raw[: -len(line)] + bytes(len(line)))
+    assert read_ledger(path).count == 19
+    path.write_bytes(raw[:-2000] + bytes(2000))
+    for act in (lambda: read_ledger(path), lambda: Ledger.resume(TERMS, path)):
+        with pytest.raises(VerificationError, match="bytes that are no entry, more than a crash leaves of a line"):
+            act()
+
+
 def test_changing_any_single_bit_is_found(tmp_path):
     """All bits of a ledger of four lines. Only the last newline can be lost, and then it shows as a torn line."""
     path = tmp_path / "ledger.jsonl"

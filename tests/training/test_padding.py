@@ -193,3 +193,43 @@ def test_sorted_records_are_refused_where_units_have_several_rows(longest_first:
             collate_fn=collate,
         )
     private(model, texts, collate)
+
+
+class Raw(Dataset[Any]):
+    """Texts as they are, for collate_fn to cut into letters."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return {"text": "letters"[: 3 + index % 4], "label": index % CLASSES}
+
+
+def letters(rows: list[Any]) -> Any:
+    tokens = [torch.tensor([1 + ord(sign) % 40 for sign in row["text"]]) for row in rows]
+    return pad_sequence(tokens, batch_first=True), torch.tensor([row["label"] for row in rows])
+
+
+def shortest_first(rows: list[Any]) -> Any:
+    return letters(sorted(rows, key=lambda row: len(row["text"])))
+
+
+def test_texts_are_made_longer_too() -> None:
+    with pytest.raises(pg.RefusedError, match="changes with the longest record"):
+        check_padding(Reader(mean), LOSS, Raw(8), letters)
+    check_padding(Reader(masked_mean), LOSS, Raw(8), letters)
+    with pytest.raises(pg.RefusedError, match="changes the order"):
+        check_order(Raw(8), shortest_first)
+    check_order(Raw(8), letters)
+
+
+def test_a_head_of_zeros_hides_nothing() -> None:
+    """Its loss is the same whatever comes to it, and its gradient is not."""
+    model = Reader(mean)
+    nn.init.zeros_(model.out.weight)
+    with pytest.raises(pg.RefusedError, match="changes with the longest record"):
+        check_padding(model, LOSS, Texts([5] * 8), to_longest)
+    assert not model.out.weight.any()

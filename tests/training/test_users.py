@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import numpy
@@ -13,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import privgrad as pg
 from privgrad.audit.gaussian import mu_lower_bound
@@ -24,6 +25,7 @@ from privgrad.mechanism.randomness import SecureSource
 from privgrad.training.batches import sampled_batches
 from privgrad.training.private import Private
 from privgrad.training.units import UserUnits, units_of
+from tests.helpers import as_vector, full_batch_plan
 
 C = 0.7
 DIMENSION = 3
@@ -196,6 +198,9 @@ def test_the_certificate_speaks_of_users(tmp_path) -> None:
         (numpy.zeros((3, 1)), pg.User("customer"), "a key is a ndarray"),
         ([object(), object(), object()], pg.User("customer"), "a key is a object"),
         ([("h", math.nan)] * 3, pg.User("customer"), "a key is NaN"),
+        ([1, 1, None], pg.User("customer"), "a key is missing"),
+        ([("h", 1), ("h", " "), ("h", 2)], pg.User("customer"), "a key is missing"),
+        ([b"a", b"b", b""], pg.User("customer"), "a key is missing"),
         (numpy.array(["NaT", 1, 1], "datetime64[s]"), pg.User("customer"), "a key is NaN"),
         ([7, "7", 7], pg.User("customer"), "of several kinds .number and text."),
         (["a", b"a", "a"], pg.User("customer"), "of several kinds .bytes and text."),
@@ -216,7 +221,7 @@ def test_a_user_needs_a_key_and_a_cap(arguments: dict[str, object]) -> None:
     "keys",
     [
         torch.tensor([7, 7, -1, 3]),
-        ["a", "a", "b", None],
+        ["a", "a ", "b", "c"],
         [1.5, 1.5, 2, 3],
         list(torch.tensor([7, 7, -1, 3])),  # compared by identity, each would be a user of its own
         [torch.tensor(1), torch.tensor(1.0), torch.tensor(2), torch.tensor(3)],
@@ -246,3 +251,37 @@ def test_a_key_that_is_no_number_is_refused() -> None:
     dataset = TensorDataset(torch.zeros(3, 2))
     with pytest.raises(pg.PrivgradError, match="a key is NaN"):
         units_of(dataset, pg.User("who"), torch.tensor([1.0, float("nan"), float("nan")]))
+
+
+class Store(Dataset[Any]):
+    """Answers a list of rows in its own order, as a database does."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.values[index],)
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in sorted(indices)]
+
+
+def test_a_row_is_its_users_whatever_order_the_data_set_answers_in() -> None:
+    """Rows of users that take turns: in the order of the store, one user's rows would count as all others'."""
+
+    def total(values: Tensor) -> Tensor:
+        keys = [index % 4 for index in range(len(values))]
+        model = nn.Linear(3, 1, bias=False)
+        plan = full_batch_plan(4, protects=pg.User("who", max_records=8), clipping=pg.FlatClipping(max_norm=1.0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        private = pg.make_private(model, optimizer, Store(values), plan, lambda m, b: m(b[0]).squeeze(1), keys=keys)
+        batch = next(private.batches())
+        return as_vector(private.runner.clipped_sum(batch.data, batch.fold))
+
+    values = 1e-3 * torch.ones(16, 3)
+    changed = values.clone()
+    changed[::4] = 1e3 * torch.tensor([1.0, -1.0, 0.0])
+    assert float((total(changed) - total(values)).norm()) <= 1.01

@@ -56,7 +56,7 @@ class Subject:
         self.device = self.parameters[0].device
         self._devices = devices_of(modules)
         self._snapshot = snapshot
-        self._awake = _awakened(self.parameters)
+        self._awake = awakened(self.parameters)
         self.precision = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters)
         """The machine epsilon of the coarsest type that was met."""
         self.generators: dict[int, weakref.ref[torch.Generator]] = {}
@@ -157,7 +157,7 @@ class _Given(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _awakened(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+def awakened(parameters: Iterable[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
     """Random values for trainable tensors that are all zero: a gate that starts at zero would hide what is behind it."""
     generator = torch.Generator().manual_seed(0)
     return [

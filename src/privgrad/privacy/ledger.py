@@ -175,6 +175,12 @@ def read_ledger(path: Path) -> Record:
     lines, tail = _split(raw)
     if not lines:
         raise VerificationError(f"{path} holds no complete line; expected the ledger's terms in the first")
+    longest = max(map(len, lines))
+    if len(tail) > 2 * longest:  # a crash cuts off one line: every one before it was flushed
+        raise VerificationError(
+            f"{path} ends in {len(tail)} bytes that are no entry, more than a crash leaves of a line "
+            f"({longest} bytes at most): the file was damaged, and charged steps may be lost; restore it from a copy"
+        )
     first = _read_line(lines[0] + b"\n", 1, "")
     terms = Terms.from_json(first)
     events: Counter[DpEvent] = Counter()

@@ -82,9 +82,12 @@ class _Rows(Dataset[Any]):
     (DataLoader's own batching calls collate on an empty list, which fails.)
     """
 
-    def __init__(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Tree] | None, *, in_order: bool = False
+    ) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
+        self.in_order = in_order
 
     def __len__(self) -> int:
         return size_of(self.dataset)
@@ -96,7 +99,9 @@ class _Rows(Dataset[Any]):
         whole = taker(self.dataset) if self.collate_fn is None else None
         if whole is not None:
             return whole(torch.from_numpy(indices))
-        return (self.collate_fn or dicts_from(default_collate))(items_of(self.dataset, indices.tolist()))
+        rows = indices.tolist()
+        items = [self.dataset[row] for row in rows] if self.in_order else items_of(self.dataset, rows)
+        return (self.collate_fn or dicts_from(default_collate))(items)
 
 
 def with_dicts(tree: Tree) -> Tree:
@@ -114,6 +119,7 @@ def _collate(collate_fn: Callable[[list[Any]], Tree], items: list[Any]) -> Tree:
 
 
 def items_of(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
+    """These records, in an order of the data set's choosing (that of a database, say)."""
     fetch = getattr(dataset, "__getitems__", None)
     return fetch(indices) if fetch else [dataset[index] for index in indices]
 
@@ -235,8 +241,12 @@ def sampled_batches(
     workers: int = 0,
     pin_memory: bool = False,
     seed: int = 0,
+    in_order: bool = False,
 ) -> Iterator[SampledBatch]:
-    """One batch per draw. An empty draw gives a batch with data None: a step like any other. seed: of the workers' randomness."""
+    """One batch per draw. An empty draw gives a batch with data None: a step like any other. seed: of the workers' randomness.
+
+    in_order: records are asked for one by one, so that a row's place says which one it is: where units have several rows.
+    """
     folds: deque[Fold] = deque()
 
     def indices() -> Iterator[NDArray[numpy.int64]]:
@@ -246,7 +256,7 @@ def sampled_batches(
             yield drawn.rows.numpy()
 
     loader = DataLoader(
-        _Rows(dataset, collate_fn),
+        _Rows(dataset, collate_fn, in_order=in_order),
         sampler=indices(),
         batch_size=None,
         collate_fn=_as_is,

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from privgrad.errors import RefusedError
-from privgrad.gradients.contract import LossFn, Tree
+from privgrad.gradients.contract import LossFn, Tree, trainable
 from privgrad.mechanism.statistics import in_eval_mode
 from privgrad.nn.state import same, same_randomness, seed_all, undisturbed
+from privgrad.nn.subject import awakened
 from privgrad.training.batches import items_of, made_up, size_of
 
 _TRIALS = 24
@@ -30,10 +31,10 @@ def check_padding(
     """Refuse a model whose loss of a record changes with the width that another, longer record gives the batch.
 
     A mean over positions, or the last one, takes in the padding; with a mask nothing changes. The caller keeps the generators.
-    In eval mode, since dropout draws by the width. Nothing is said where no record can be made longer, or where model or
-    collate_fn cannot take a made-up one.
+    In eval mode, since dropout draws by the width, and with random numbers in weights that are all zero. Nothing is said where no
+    record can be made longer, or where model or collate_fn cannot take a made-up one.
 
-    Guarantee: the records are made up, with the first one's shapes: no value of a tensor, an array or a number enters.
+    Guarantee: the records are made up, with the first one's shapes and texts: no value of a tensor, an array or a number enters.
 
     Raises:
         RefusedError: the loss changed for more than three quarters of the made-up records. (Not for any: a made-up length is 0
@@ -46,7 +47,9 @@ def check_padding(
     if not pairs:
         return
     moved = []
-    with undisturbed({"model": model}), in_eval_mode(model), torch.no_grad():
+    with undisturbed(dict(model.named_modules())), in_eval_mode(model), torch.no_grad():
+        for parameter, value in awakened(trainable(model).values()):
+            parameter.copy_(value)
         for alone, beside in pairs:
             with suppress(Exception):  # what the model cannot run at all is refused elsewhere, in words
                 moved.append(_differ(_loss(model, loss_fn, alone), _loss(model, loss_fn, beside)))
@@ -148,6 +151,10 @@ def _twice(leaf: Any) -> Any:
         return torch.cat([leaf, leaf])
     if isinstance(leaf, numpy.ndarray) and leaf.ndim:
         return numpy.concatenate([leaf, leaf])
+    if isinstance(leaf, str):
+        return f"{leaf} {leaf}"
+    if isinstance(leaf, bytes):
+        return leaf + b" " + leaf
     return leaf + leaf if isinstance(leaf, list) else leaf
 
 

@@ -29,7 +29,6 @@ from privgrad.nn.generators import Generator, check_foreign, generators_in, rese
 from privgrad.nn.probe import Probe, PublicProbe, SyntheticProbe
 from privgrad.nn.state import same_randomness, seed_all
 from privgrad.privacy.accounting import Precision
-from privgrad.privacy.adjacency import User
 from privgrad.privacy.certificate import round_up
 from privgrad.privacy.ledger import Ledger
 from privgrad.training.batches import (
@@ -141,6 +140,7 @@ class Private:
             workers=self._workers,
             pin_memory=pin,
             seed=_seed(self._loading.at(0)),
+            in_order=self._units.several_rows,
         )
         while True:
             with self._own_randomness(self._loading, self._reading):
@@ -358,7 +358,7 @@ def make_private(
     reading = list(generators_in(dataset=dataset, collate_fn=collate_fn).values())
     with same_randomness([], reading):
         check_apart(dataset, collate_fn)
-        if views > 1 or isinstance(plan.protects, User):
+        if units.several_rows:
             check_order(dataset, collate_fn)
         check_padding(model, loss_fn, dataset, collate_fn)
         coupling = CouplingGuard(model, loss_fn, _probe(model, dataset, collate_fn, probe))

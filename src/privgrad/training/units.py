@@ -35,6 +35,11 @@ class Units(Protocol):
         """How many units there are."""
         ...
 
+    @property
+    def several_rows(self) -> bool:
+        """Whether a unit may have several rows, so that a row's place says whose it is."""
+        ...
+
     def rows(self, drawn: Tensor, source: Source) -> Drawn:
         """The rows of the units `drawn` (increasing), and how they fold into them."""
         ...
@@ -45,6 +50,7 @@ class RowUnits:
     """Every row is a unit."""
 
     count: int
+    several_rows = False
 
     def rows(self, drawn: Tensor, source: Source) -> Drawn:
         return Drawn(drawn, Fold.identity(len(drawn)))
@@ -56,6 +62,8 @@ class UserUnits:
     Guarantee: a user's vector in a step depends on that user's rows only: the mean over at most `max_records` of them, drawn
     uniformly and independently of what they and all others hold.
     """
+
+    several_rows = True
 
     def __init__(self, users: Tensor, max_records: int) -> None:
         """users: [rows] int64, each row's user in 0..users-1."""
@@ -95,6 +103,10 @@ class Views:
     def count(self) -> int:
         return self._units.count
 
+    @property
+    def several_rows(self) -> bool:
+        return self._views > 1 or self._units.several_rows
+
     def rows(self, drawn: Tensor, source: Source) -> Drawn:
         found = self._units.rows(drawn, source)
         fold, views = found.fold, self._views
@@ -133,7 +145,7 @@ def _dense(keys: Keys) -> Tensor:
     """[rows] int64: the users numbered from 0, in the order of their first row."""
     values = keys.tolist() if isinstance(keys, Tensor) else list(keys)
     values = [_plain(value) for value in values]
-    kinds = {_kind(value) for value in values if value is not None}
+    kinds = {_kind(value) for value in values}
     if len(kinds) > 1:  # 7 and "7" are one customer, and would be two users
         raise PrivgradError(f"keys are of several kinds ({' and '.join(sorted(kinds))}); write all of them in one way")
     number: dict[Hashable, int] = {}
@@ -149,7 +161,14 @@ def _plain(key: Any) -> Hashable:
         raise PrivgradError(f"a key is a {type(key).__name__}; expected one number or text per record")
     if key != key:  # each NaN would be a user of its own
         raise PrivgradError("a key is NaN; every record must belong to a unit: leave such records out")
-    return _plain(key.item()) if scalar else key
+    if scalar:
+        return _plain(key.item())
+    if isinstance(key, str | bytes):
+        key = key.strip()  # "u" and "u " are one user
+    if key is None or key in ("", b""):
+        raise PrivgradError("a key is missing; every record must belong to a unit: leave such records out")
+    found: Hashable = key
+    return found
 
 
 def _kind(key: Hashable) -> str:
