@@ -86,10 +86,10 @@ def write_atomically(path: Path, content: bytes | str, *, secret: bool = False) 
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if secret:  # what a crash left may be open to all
+            remove(temporary)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if secret else 0o666)
         try:
-            if secret:
-                os.fchmod(descriptor, 0o600)
             _write(descriptor, data)
             os.fsync(descriptor)
         finally:

@@ -41,7 +41,7 @@ FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 """Multiples of the plan's clipping norm that are tried."""
 MEASURED = 512
 """So many public rows are measured: more would change the figures little, and take longer."""
-_UNCLIPPED = 1e30
+_UNCLIPPED = 1e20
 
 
 @dataclass(frozen=True)
