@@ -605,8 +605,8 @@ MUTANTS = (
     Mutant(
         "one new record makes a split of private ones new",
         "training/public.py",
-        "return found > 0 if few == 0 else found > max(few, rows / 100) or found == rows",
-        "return found > 0 if few == 0 else found == rows",
+        "return found > 0 if few == 0 else found > max(few, rows / 100) or 0 < found == rows",
+        "return found > 0 if few == 0 else 0 < found == rows",
         ("tests/training/test_public.py",),
     ),
     Mutant(

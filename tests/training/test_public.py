@@ -83,6 +83,10 @@ def test_a_record_that_occurs_in_both_by_chance_is_no_reason(tmp_path: Path) -> 
     trainer(tmp_path / "run", ConcatDataset([twin, OTHER]), Subset(DATA, range(10))).fit()
 
 
+def test_a_split_without_records_holds_no_private_one() -> None:
+    assert not is_made_of(DATA, TensorDataset(INPUTS[:0], CLASSES[:0]))
+
+
 def table(rows: int, cells: int, seed: int) -> TensorDataset:
     """Records of which there are so many kinds."""
     drawn = torch.randint(cells, (rows,), generator=torch.Generator().manual_seed(seed))

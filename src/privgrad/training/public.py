@@ -92,7 +92,7 @@ def _in_common(private: Dataset[Any], other: Any, *, few: int) -> bool:
     rows = len(theirs)
     if len(known) == len(ours):
         found = sum(count for key, count in asked.items() if key in known)
-        return found > 0 if few == 0 else found > max(few, rows / 100) or found == rows
+        return found > 0 if few == 0 else found > max(few, rows / 100) or 0 < found == rows
     found = sum(count == 1 and known.get(key) == 1 for key, count in asked.items())
     return found > rows * _BY_CHANCE + 2 * math.sqrt(rows)
 
