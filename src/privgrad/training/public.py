@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import numpy
@@ -76,7 +76,7 @@ def _places(data: Dataset[Any]) -> list[tuple[int, int]]:
         return [whole[int(index)] for index in data.indices]
     if isinstance(data, ConcatDataset):
         return [place for part in data.datasets for place in _places(part)]
-    return [(id(data), row) for row in range(size_of(data))]
+    return [(id(data), row) for row in range(len(data))] if isinstance(data, Sized) else []
 
 
 def _in_common(private: Dataset[Any], other: Any, *, few: int) -> bool:
