@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from privgrad.errors import PrivgradError, reason_of
@@ -21,3 +22,16 @@ def imported(key: str, name: str) -> Any:
         raise PrivgradError(
             f"{key} is {name!r}, which cannot be imported: {type(error).__name__}: {reason_of(error)}"
         ) from error
+
+
+def check_trusted(key: str, name: str) -> None:
+    """Nobody's code is run unasked, where a run may be another's; what this process has imported already runs anyway.
+
+    Raises:
+        PrivgradError: "package.module:Name" of a module that is not imported yet.
+    """
+    module, colon, _ = name.partition(":")
+    if colon and module not in sys.modules:
+        raise PrivgradError(
+            f"{key} is {name!r}, of the user's own, whose code is not run unasked; where you trust it, say so: --own"
+        )

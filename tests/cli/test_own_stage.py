@@ -90,6 +90,39 @@ def test_verify_runs_its_code_only_where_it_is_asked_to(tmp_path: Path) -> None:
     assert say("verify", "--own", run).code == 0
 
 
+def test_an_audit_runs_its_code_only_where_it_is_asked_to(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert say("train", plan(tmp_path / "own.toml", "own_stage:SmoothClipping"), "--out", run).code == 0
+    for kind in ("step", "one-run", "membership"):
+        sys.modules.pop("own_stage", None)
+        assert "plan.clipping.kind is 'own_stage:SmoothClipping'" in refusal("audit", run, "--kind", kind)
+        assert "own_stage" not in sys.modules
+    said = say("audit", run, "--own", "--trials", 20)
+    assert said.code == 0, said
+
+
+@pytest.mark.parametrize("edited", ["plan.json", "config.toml"])
+def test_an_audit_reads_all_that_a_run_names(tmp_path: Path, edited: str) -> None:
+    """Either file may have been written by somebody else."""
+    run = tmp_path / "run"
+    assert say("train", plan(tmp_path / "flat.toml", "flat"), "--out", run).code == 0
+    content = (run / edited).read_text()
+    assert content.count('"flat"') == 1
+    (run / edited).write_text(content.replace('"flat"', '"own_stage:SmoothClipping"'))
+    assert "--own" in refusal("audit", run)
+    assert "own_stage" not in sys.modules
+
+
+def test_an_audit_makes_no_model_of_anothers_unasked(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert say("train", plan(tmp_path / "flat.toml", "flat"), "--out", run).code == 0
+    content = (run / "config.toml").read_text()
+    assert content.count('"logistic_regression"') == 1
+    (run / "config.toml").write_text(content.replace('"logistic_regression"', '"own_stage:NoDataclass"'))
+    assert "model.name is 'own_stage:NoDataclass'" in refusal("audit", run, "--kind", "one-run")
+    assert "own_stage" not in sys.modules
+
+
 def test_a_run_with_it_is_resumed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert say("train", plan(tmp_path / "own.toml", "own_stage:SmoothClipping"), "--out", run).code == 0

@@ -32,12 +32,12 @@ def settings(source: Path | str, **data: Any) -> DataSettings:
     return read_settings({"source": str(source), "cache": "none", **data})
 
 
-def people(count: int = 12, seed: int = 0) -> pandas.DataFrame:
+def people(count: int = 12, seed: int = 0, customers: str = "c") -> pandas.DataFrame:
     """Records of three numbers, a category, a free text with everything that CSV must quote, and a customer."""
     random = numpy.random.default_rng(seed)
     return pandas.DataFrame(
         {
-            "customer": [f"c{number:02d}" for number in random.integers(0, max(2, count // 3), count)],
+            "customer": [f"{customers}{number:02d}" for number in random.integers(0, max(2, count // 3), count)],
             "age": random.integers(0, 100, count),
             "sex": random.choice(["f", "m"], count),
             "height": numpy.round(random.uniform(150, 200, count), 1),

@@ -31,7 +31,7 @@ from tests.data import files
 
 MEMORY = 24 * 2**30
 COUNT = 16
-TEST = files.people(8, seed=1)
+TEST = files.people(8, seed=1, customers="t")
 
 
 @dataclass

@@ -402,8 +402,8 @@ def test_splits_of_different_shapes_are_refused(tmp_path: Path) -> None:
 
 def test_keys_beside_images(tmp_path: Path) -> None:
     blobs: list[bytes | None] = [image_bytes(image) for image in pictures(5)]
-    extra = {"writer": pyarrow.array(["bo", "al", "bo", "cy", "al"])}
-    for name in ("train", "test"):
+    for name, writers in (("train", ["bo", "al", "bo", "cy", "al"]), ("test", ["di"] * 5)):
+        extra = {"writer": pyarrow.array(writers)}
         write_images(tmp_path / f"{name}.parquet", blobs, [0, 1, 2, 0, 1], names=NAMES, extra=extra)
     source = load(settings(tmp_path), key="writer")
     assert source.keys is not None

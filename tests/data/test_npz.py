@@ -93,18 +93,20 @@ def test_rows_of_pixels_stay_rows(tmp_path: Path) -> None:
 
 def test_keys_are_an_array_beside(tmp_path: Path) -> None:
     users = numpy.array([7, 7, 3, 3, 9, 9, 7, 3, 9, 1, 1, 1])
-    numpy.savez(tmp_path / "d.npz", x_train=features(), y_train=Y, x_test=features(), y_test=Y, user_train=users)
+    arrays = {"x_train": features(), "y_train": Y, "x_test": features(), "y_test": Y, "user_test": users + 100}
+    numpy.savez(tmp_path / "d.npz", user_train=users, **arrays)
     source = load(settings(tmp_path / "d.npz", npz=NPZ), key="user")
     assert source.keys is not None
     assert source.keys.tolist() == [2, 2, 1, 1, 3, 3, 2, 1, 3, 0, 0, 0]
     assert source.users == 4
-    with pytest.raises(PrivgradError, match=r"key asks for the array 'owner_train', and .* it has 'x_train'"):
+    with pytest.raises(PrivgradError, match=r"key asks for the array 'owner_train', and .* it has 'user_train'"):
         load(settings(tmp_path / "d.npz", npz=NPZ), key="owner")
 
 
 def test_one_user_is_one_whatever_spaces_are_around(tmp_path: Path) -> None:
     whole = numpy.array(["u", " u", "u ", "v"] * 3)
-    numpy.savez(tmp_path / "both.npz", x_train=features(), y_train=Y, x_test=features() + 1, y_test=Y, user_train=whole)
+    arrays = {"x_train": features(), "y_train": Y, "x_test": features() + 1, "y_test": Y}
+    numpy.savez(tmp_path / "both.npz", user_train=whole, user_test=numpy.array(["w"] * 12), **arrays)
     assert load(settings(tmp_path / "both.npz", npz=NPZ), key="user").users == 2
 
 

@@ -100,6 +100,41 @@ def test_add_remove_is_refused_and_replace_one_by_units(tmp_path: Path) -> None:
     assert load(given, Adjacency.ADD_REMOVE).size == 40
 
 
+@pytest.mark.parametrize(
+    ("protected", "tested"),
+    [
+        (["a", "b"] * 6, ["b "] + ["x"] * 11),
+        ([1, 2] * 6, [3] * 11 + [2]),
+        ([1, 2] * 6, [3.5] * 11 + [2.0]),
+        ([1, 2] * 6, ["x"] * 11 + ["2"]),
+        ([1.0, 2.5] * 6, [1] * 12),
+        (["sNaN", "b"] * 6, ["sNaN"] * 12),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_unit_that_is_protected_is_not_evaluated(
+    tmp_path: Path, form: str, protected: list[Any], tested: list[Any]
+) -> None:
+    """Its other records in a test file would be shown by the accuracy, without noise."""
+    paths = {}
+    for name, keys in (("train", protected), ("test", tested), ("others", ["z"] * 12), ("unnamed", None)):
+        paths[name] = tmp_path / f"{name}.{form}"
+        frame = people(12).assign(customer=keys)
+        frame = frame.drop(columns="customer") if keys is None else frame
+        getattr(frame, f"to_{form}")(paths[name], index=False)
+
+    def opened(test: str, key: str | None) -> Source:
+        given = {"table": TABLE, "test_source": str(paths[test])}
+        return load(settings(paths["train"], **given), Adjacency.ZERO_OUT, key=key)
+
+    with pytest.raises(RefusedError, match="accuracy on the test split leaves un-noised"):
+        opened("test", "customer")
+    assert opened("others", "customer").users == 2
+    assert opened("test", None).keys is None, "records are protected: each is another"
+    with pytest.raises(PrivgradError, match="has no such column"):
+        opened("unnamed", "customer")
+
+
 def test_a_side_without_records_is_refused(tmp_path: Path) -> None:
     for share in (1e-9, 1 - 1e-9):
         with pytest.raises(PrivgradError, match="expected at least one of each"):
@@ -124,14 +159,21 @@ def test_keys_of_every_kind_are_understood(tmp_path: Path) -> None:
     kinds = {
         "text": ["a", "a ", " a", "b"] * 3,
         "number": [1, 1, 1, 2] * 3,
-        "day": pandas.to_datetime(["2001-01-01"] * 3 + ["2002-01-01"]).to_list() * 3,
         "truth": [True, True, True, False] * 3,
+        "day": pandas.to_datetime(["2001-01-01"] * 3 + ["2002-01-01"]).to_list() * 3,
         "part": [0.5, 0.5, 0.5, 0.25] * 3,
         "kind": pandas.Categorical(["x", "x", "x", "y"] * 3),
     }
-    frame = frame.assign(**kinds)
-    frame.to_parquet(tmp_path / "train.parquet")
-    frame.to_parquet(tmp_path / "test.parquet")
+    frame.assign(**kinds).to_parquet(tmp_path / "train.parquet")
+    strangers = {
+        "text": "c",
+        "number": 3,
+        "truth": "no",
+        "day": pandas.Timestamp("2003-01-01"),
+        "part": 1.5,
+        "kind": "z",
+    }
+    frame.assign(**strangers).to_parquet(tmp_path / "test.parquet")
     for key in kinds:
         source = load(settings(tmp_path, table=TABLE), key=key)
         assert source.keys is not None

@@ -1775,6 +1775,20 @@ MUTANTS = (
         (SPLIT,),
     ),
     Mutant(
+        "other records of a protected user are evaluated",
+        "data/source.py",
+        "    check_units_apart(train, test)\n",
+        "",
+        (f"{SPLIT}::test_a_unit_that_is_protected_is_not_evaluated",),
+    ),
+    Mutant(
+        "one user is two, where two files write a number in two ways",
+        "data/split.py",
+        "            number = Decimal(key)",
+        "            raise InvalidOperation",
+        (f"{SPLIT}::test_a_unit_that_is_protected_is_not_evaluated",),
+    ),
+    Mutant(
         "a user is on both sides of the split",
         "data/split.py",
         "_hashed_rows(len(part), share) if part.keys is None else",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +32,7 @@ from privgrad.files import read_json, write_atomically
 from privgrad.gradients.contract import trainable
 from privgrad.mechanism.plan import Plan
 from privgrad.nn.models import build_model
+from privgrad.own import check_trusted
 from privgrad.privacy.certificate import round_up
 from privgrad.report.audit_picture import Picture, to_svg
 from privgrad.training.batches import collated, size_of
@@ -54,6 +55,8 @@ class Subject:
     plan: Plan
     config: Config
     run: Run | None
+    own: bool
+    """Code of its author's own may run."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def audit(
         Path | None, typer.Option(help="An SVG; in the run directory by default (of membership: none).")
     ] = None,
     settings: Settings = None,
+    own: Annotated[bool, typer.Option(help="Run the code of its author's own that a run names; trust it.")] = False,
     json: Json = False,
 ) -> None:
     """A lower bound on epsilon by attack, beside the claimed one. Exit code 1 where the claim is refuted.
@@ -96,7 +100,7 @@ def audit(
         check_count("--trials", trials, at_least=20, at_most=10**8)
     if picture is not None and not picture.name:
         raise PrivgradError(f"--picture is {str(picture)!r}, no name of a file; give one, or leave it out")
-    subject = _subject(target, settings or [])
+    subject = _subject(target, settings or [], own=own)
     found = KINDS[kind](subject, trials, confidence)
     path = picture
     # That of membership shows private records without noise: never where a certificate speaks for everything.
@@ -129,7 +133,7 @@ def audit(
         raise typer.Exit(1)
 
 
-def _subject(target: Path, settings: list[str]) -> Subject:
+def _subject(target: Path, settings: list[str], *, own: bool) -> Subject:
     if not target.is_dir():
         numbers: dict[str, Any] = dict.fromkeys(("rate", "steps", "delta", "accountant", "adjacency"))
         plan, epsilon = plan_from(target, settings, **numbers)
@@ -138,14 +142,33 @@ def _subject(target: Path, settings: list[str]) -> Subject:
         given = read_config(target)
         for setting in settings:
             assign(given, setting)
-        return Subject(_seedless(plan), resolved(complete(given), target.parent), None)
+        return Subject(_seedless(plan), resolved(complete(given), target.parent), None, own=True)
     if settings:
         raise PrivgradError("--set changes a configuration, and a run has its settings; leave it out")
     run = Run(target)
     if not run.begun:
         raise PrivgradError(f"{target} holds no run; expected a configuration file, or what `train` makes")
-    plan = Plan.from_json(read_json(run.plan), own=True)
-    return Subject(_seedless(plan), complete(read_config(run.config)), run)
+    given = read_config(run.config)
+    if not own:
+        _check_trusted(given)
+    plan = Plan.from_json(read_json(run.plan), own=own)
+    return Subject(_seedless(plan), complete(given), run, own)
+
+
+def _check_trusted(given: Mapping[str, Any]) -> None:
+    """A run may come from somebody else: what it names of their own is not imported unasked."""
+    plan = given.get("plan")
+    stages = plan if isinstance(plan, dict) else {}
+    named = {"model.name": _in(given.get("model"), "name")}
+    named |= {f"plan.{slot}.kind": _in(stage, "kind") for slot, stage in stages.items()}
+    for key, name in named.items():
+        if isinstance(name, str):
+            check_trusted(key, name)
+
+
+def _in(table: Any, key: str) -> Any:
+    """A file may hold anything; `complete` says later what is wrong with it."""
+    return table.get(key) if isinstance(table, dict) else None
 
 
 def _seedless(plan: Plan) -> Plan:
@@ -233,7 +256,7 @@ def _membership(subject: Subject, trials: int | None, confidence: float) -> Find
     run = subject.run
     if run is None or not run.model.exists():
         raise RefusedError("membership inference asks a trained model; give the directory of a finished run")
-    verified = run.verify()
+    verified = run.verify(own=subject.own)
     print(
         "privgrad: this audit asks the model about private records, and what it prints is disclosed WITHOUT noise: it is not "
         "covered by the run's guarantee",

@@ -21,7 +21,7 @@ from privgrad.data.npz import holds_both_splits, open_npz
 from privgrad.data.part import AS_GIVEN, Part, count_of
 from privgrad.data.records import Records
 from privgrad.data.settings import Classes, DataSettings, ImageSettings, NpzSettings
-from privgrad.data.split import check_share, dense_units, split
+from privgrad.data.split import check_share, check_units_apart, dense_units, split
 from privgrad.data.tables import open_table
 from privgrad.errors import PrivgradError, RefusedError
 from privgrad.privacy.adjacency import Adjacency
@@ -219,7 +219,8 @@ def _open(path: Path, settings: DataSettings, adjacency: Adjacency, key: str | N
     _check_image_settings(settings, path, set().union(*(_image_settings(split, train.scaling) for split in splits)))
     if settings.test_share is not None:
         return split(train, settings.test_share)
-    test = _open_part(test_files or files, settings, train.classes, None, cache, "_test" if both else "")
+    test = _open_part(test_files or files, settings, train.classes, key, cache, "_test" if both else "")
+    check_units_apart(train, test)
     return train, test
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,34 @@ def split(part: Part, share: float) -> tuple[Part, Part]:
         )
     read = cache(part.inputs)
     return part.rows(~test, read), part.rows(test, read)
+
+
+def check_units_apart(train: Part, test: Part) -> None:
+    """The test split is evaluated without noise: no unit that is protected may have records in it.
+
+    Raises:
+        RefusedError: a key that both splits have. 7, 7.0 and the text "7" are one unit.
+    """
+    if train.keys is None or test.keys is None:
+        return
+    if _names(train.keys) & _names(test.keys):
+        raise RefusedError(
+            f"{test.where} holds records of units that {train.where} protects, and accuracy on the test split leaves un-noised; "
+            "give it units of its own, or take test_source out and give data.test_share = 0.2, which splits by unit"
+        )
+
+
+def _names(keys: NDArray[Any]) -> set[str | Decimal]:
+    """The units, as they are compared over two files, which may write one number in two ways."""
+    found: set[str | Decimal] = set()
+    for key in map(str, numpy.unique(keys).tolist()):
+        try:
+            number = Decimal(key)
+        except InvalidOperation:
+            found.add(key)
+        else:
+            found.add(number if number.is_finite() else key)
+    return found
 
 
 def dense_units(keys: NDArray[Any]) -> tuple[Tensor, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from privgrad.mechanism.sampling import (
 from privgrad.mechanism.sparsification import RandomSparsification
 from privgrad.mechanism.statistics import PublicStatistics
 from privgrad.mechanism.thresholds import PrivateThresholds, PublicThresholds, QuantileThresholds
-from privgrad.own import imported
+from privgrad.own import check_trusted, imported
 from privgrad.privacy.adjacency import Example, User
 
 KINDS: dict[str, dict[str, type[Any]]] = {
@@ -100,15 +99,11 @@ def stage_class(slot: str, kind: str, *, own: bool) -> type[Any]:
     """
     if kind in KINDS[slot]:
         return KINDS[slot][kind]
-    module, colon, _ = kind.partition(":")
-    if not colon or slot not in PROTOCOLS:
+    if ":" not in kind or slot not in PROTOCOLS:
         hint = " (your own: 'package.module:Class')" if slot in PROTOCOLS else ""
         raise PrivgradError(f"plan.{slot}.kind is {kind!r}; {nearest(kind, KINDS[slot])}{hint}")
-    if not own and module not in sys.modules:
-        raise PrivgradError(
-            f"plan.{slot}.kind is {kind!r}, a mechanism of the user's own, whose code is not run unasked; where you trust it, "
-            "say so: --own"
-        )
+    if not own:
+        check_trusted(f"plan.{slot}.kind", kind)
     found = imported(f"plan.{slot}.kind", kind)
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise PrivgradError(f"plan.{slot}.kind is {kind!r}, which is no dataclass; a stage is one of its numbers")
