@@ -225,8 +225,15 @@ MUTANTS = (
     Mutant(
         "verify runs code that a plan names",
         "mechanism/kinds.py",
-        "    if not own and module not in sys.modules:",
-        "    if False:",
+        "    if not own:\n        check_trusted",
+        "    if False:\n        check_trusted",
+        ("tests/cli/test_own_stage.py",),
+    ),
+    Mutant(
+        "audit runs code that a run names",
+        "cli/audit.py",
+        "        _check_trusted(given)",
+        "        pass",
         ("tests/cli/test_own_stage.py",),
     ),
     Mutant(
