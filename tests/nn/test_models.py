@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ CIFAR, MNIST = (3, 32, 32), (1, 28, 28)
         ("lenet5", MNIST, 61_706),
         ("resnet20", CIFAR, 272_474),
         ("resnet18", CIFAR, 11_173_962),
-        ("wrn_16_4", CIFAR, 2_753_402),
+        ("wrn_16_4", CIFAR, 2_753_818),
     ],
 )
 def test_sizes_are_those_of_the_literature(name: str, shape: tuple[int, ...], parameters: int) -> None:
@@ -58,6 +60,7 @@ def _plain_convolutions(model: nn.Module, images: torch.Tensor, layers: str) -> 
         ("dp_cnn", {"pooling": "average"}, CIFAR, 3 * "C1p1 t C1p1 t A2s2 " + "L t L"),
         ("dp_cnn_small", {}, MNIST, "C2p2 t M2s1 C2p0 t M2s1 L t L"),
         ("lenet5", {}, MNIST, "C1p2 t A2s2 C1p0 t A2s2 L t L t L"),
+        ("feature_cnn", {}, (81, 8, 8), "C1p1 t A2s2 C1p1 t L"),
     ],
 )
 def test_networks_are_those_of_the_papers(
@@ -68,6 +71,71 @@ def test_networks_are_those_of_the_papers(
     model, images = build_model(name, shape, 10, arguments), torch.randn(2, *shape)
     with torch.no_grad():
         assert torch.allclose(model(images), _plain_convolutions(model, images, layers), atol=1e-6)
+
+
+def _plain_resnet(model: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """arXiv:1512.03385, section 4.2, with GroupNorm, and its shortcuts of option B."""
+    weights = iter(model.parameters())
+
+    def block(inputs: torch.Tensor, stride: int) -> torch.Tensor:
+        return F.group_norm(F.conv2d(inputs, weight := next(weights), None, stride, weight.shape[-1] // 2), 16, *two())
+
+    def two() -> tuple[torch.Tensor, torch.Tensor]:
+        return next(weights), next(weights)
+
+    hidden = block(images, 1).relu()
+    for stage, count in enumerate(blocks):
+        for number in range(count):
+            stride = 2 if stage and not number else 1
+            straight = block(block(hidden, stride).relu(), 1)
+            hidden = (straight + (block(hidden, stride) if stride == 2 else hidden)).relu()
+    logits = F.linear(hidden.mean((2, 3)), *two())
+    assert next(weights, None) is None
+    return logits
+
+
+def _plain_wide_resnet(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """WRN-16-4 as the code of arXiv:2204.13650 has it: ReLU before the norm, and a norm in each projected shortcut."""
+    weights = iter(model.parameters())
+
+    def conv(inputs: torch.Tensor, stride: int) -> torch.Tensor:
+        weight, bias, gain = next(weights), next(weights), next(weights)
+        flat = weight.flatten(1)
+        centered = flat - flat.mean(1, keepdim=True)
+        standardized = (centered / centered.norm(dim=1, keepdim=True)).view_as(weight) * gain
+        return F.conv2d(inputs, standardized, bias, stride, weight.shape[-1] // 2)
+
+    def relu_norm(inputs: torch.Tensor) -> torch.Tensor:
+        return F.group_norm(inputs.relu(), 16, next(weights), next(weights))
+
+    hidden = conv(images, 1)
+    for stage in range(3):
+        for number in range(2):
+            stride = 2 if stage and not number else 1
+            straight = conv(relu_norm(conv(relu_norm(hidden), stride)), 1)
+            hidden = straight + (hidden if number else conv(relu_norm(hidden), stride))
+    logits = F.linear(relu_norm(hidden).mean((2, 3)), next(weights), next(weights))
+    assert next(weights, None) is None
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("resnet20", lambda model, images: _plain_resnet(model, images, (3, 3, 3))),
+        ("resnet18", lambda model, images: _plain_resnet(model, images, (2, 2, 2, 2))),
+        ("wrn_16_4", _plain_wide_resnet),
+    ],
+)
+def test_residual_networks_are_those_of_the_papers(
+    name: str, plain: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    model, images = build_model(name, CIFAR, 10, {}), torch.randn(2, *CIFAR)
+    with torch.no_grad():
+        for weight in model.parameters():  # norms begin as ones and zeros, whose order nobody would see
+            weight.add_(0.1 * torch.randn_like(weight))
+        assert torch.allclose(model(images), plain(model, images), atol=1e-4)
 
 
 def test_a_pooling_that_is_not_known_is_refused_in_words() -> None:

@@ -27,6 +27,12 @@ class StandardizedConv2d(nn.Conv2d):
         super().__init__(inputs, outputs, kernel, stride, padding, bias=bias)
         self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
 
+    def reset_parameters(self) -> None:
+        """Normal with variance 1 / fan-in: what a step does to a standardized weight depends on how large the weight is."""
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """As nn.Conv2d."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
@@ -41,7 +47,7 @@ def group_norm(channels: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut (arXiv:1512.03385)."""
+    """Two 3 x 3 convolutions and a shortcut, projected where sizes differ (arXiv:1512.03385, option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -102,7 +108,11 @@ def resnet18(input_shape: Sequence[int], classes: int, normalization: str = "gro
 
 
 class WideBlock(nn.Module):
-    """Norm, ReLU, convolution, twice, with standardized weights (arXiv:1605.07146, as in arXiv:2204.13650)."""
+    """ReLU, norm, convolution, twice, with standardized weights, and a shortcut that is projected the same way.
+
+    The block of arXiv:1605.07146 as the authors of arXiv:2204.13650 have it in their code: ReLU comes before the norm, and the
+    projection has a norm of its own.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -110,15 +120,14 @@ class WideBlock(nn.Module):
         self.conv1 = StandardizedConv2d(inputs, outputs, 3, stride, 1)
         self.norm2 = group_norm(outputs)
         self.conv2 = StandardizedConv2d(outputs, outputs, 3, 1, 1)
-        self.shortcut: nn.Module | None = None
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = StandardizedConv2d(inputs, outputs, 1, stride)
+            self.shortcut = nn.Sequential(nn.ReLU(), group_norm(inputs), StandardizedConv2d(inputs, outputs, 1, stride))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[rows, inputs, h, w] to [rows, outputs, h / stride, w / stride]."""
-        hidden = functional.relu(self.norm1(inputs))
-        straight = inputs if self.shortcut is None else self.shortcut(hidden)
-        outputs: Tensor = straight + self.conv2(functional.relu(self.norm2(self.conv1(hidden))))
+        hidden = self.conv1(self.norm1(functional.relu(inputs)))
+        outputs: Tensor = self.shortcut(inputs) + self.conv2(self.norm2(functional.relu(hidden)))
         return outputs
 
 
@@ -143,9 +152,13 @@ class WideResNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.norm = group_norm(before)
         self.classifier = nn.Linear(before, classes)
+        # Truncated at two standard deviations, which takes so much of them away.
+        std = before**-0.5 / 0.87962566
+        nn.init.trunc_normal_(self.classifier.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[rows, channels, height, width] to logits [rows, classes]."""
-        hidden = functional.relu(self.norm(self.stages(self.stem(inputs))))
+        hidden = self.norm(functional.relu(self.stages(self.stem(inputs))))
         logits: Tensor = self.classifier(hidden.mean((2, 3)))
         return logits
