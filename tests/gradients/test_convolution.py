@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,29 @@ def test_gradients_are_those_of_one_image_after_the_other(drawn: tuple[Tensor, T
         weight = inputs.new_zeros(geometry.shape, requires_grad=True)
         expected += torch.autograd.grad(_forward(image, weight, geometry), weight, given_gradient)
     torch.testing.assert_close(Convolution(inputs, gradient, geometry).dense(), torch.stack(expected))
+
+
+@given(convolutions(), st.booleans(), st.sampled_from([1, 3]))
+@settings(max_examples=150, deadline=None)
+def test_what_waits_for_the_weights_has_the_norms_and_sums_of_the_gradients(
+    drawn: tuple[Tensor, Tensor, Geometry], some: bool, images: int
+) -> None:
+    """Whatever its order in memory. some: only of the coordinates in a mask. images: of each unit."""
+    inputs, gradient, geometry = drawn
+    mask = (torch.rand(geometry.shape) < 0.5).double() if some else torch.ones(geometry.shape, dtype=torch.float64)
+    term = Convolution(inputs, gradient, replace(geometry, images=images))
+    share = term.masked(mask, _new) if some else term.kept(_new)
+    expected = Convolution(inputs, gradient, geometry).dense().unflatten(0, (-1, images)).sum(1) * mask
+    torch.testing.assert_close(share.dense() * mask, expected)
+    torch.testing.assert_close(share.squares(), expected.flatten(1).square().sum(1), rtol=1e-9, atol=1e-12)
+    weights = torch.rand(len(expected), dtype=torch.float64)
+    torch.testing.assert_close(share.weighted_sum(weights, None) * mask, torch.tensordot(weights, expected, 1))
+    dropped = torch.ones(len(expected), dtype=torch.bool)
+    assert not share.weighted_sum(weights, dropped).any()
+
+
+def _new(units: int, shape: torch.Size, like: Tensor) -> Tensor:
+    return like.new_empty(units, *shape)
 
 
 @pytest.mark.parametrize(("rows", "reversed_"), [(1, True), (7, True), (8, False), (9, False)])

@@ -13,7 +13,7 @@ from privgrad.gradients.contract import Identity, Need, Request, add_weighted, m
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.memory import Workspace
 from privgrad.gradients.norms import wide
-from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, tensors
+from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, multiplied_out, tensors
 
 _SMALL = 2**19
 """Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""
@@ -147,10 +147,11 @@ class Collector:
         column = self._column[slot]
         self._totals[column][slot] = total
         self._seen[slot] = _versions(total)
-        if isinstance(total, Rows):
-            self._kept += total.gradient.nbytes
+        held = multiplied_out(total)
+        if held is not None:
+            self._kept += held.nbytes
             self.most = max(self.most, self._kept)
-            if total.gradient.nbytes <= _SMALL:
+            if isinstance(total, Rows) and held.nbytes <= _SMALL:
                 return  # its norm is taken together with the block's other small ones
         self._squares[:, column] += total.squares()
 
@@ -193,7 +194,8 @@ class Collector:
                 self._unchanged(total, self._seen.pop(slot))
         for column in columns:
             del self._open[column]
-            self._kept -= sum(t.gradient.nbytes for t in self._totals[column].values() if isinstance(t, Rows))
+            held = (multiplied_out(total) for total in self._totals[column].values())
+            self._kept -= sum(gradients.nbytes for gradients in held if gradients is not None)
         if not columns:
             return
         joined = {column: self._join(column) for column in columns}
@@ -248,8 +250,9 @@ class Collector:
         return rows
 
     def _free(self, total: Share) -> None:
-        if isinstance(total, Rows):
-            self._workspace.give_back(total.gradient)
+        held = multiplied_out(total)
+        if held is not None:
+            self._workspace.give_back(held)
 
     def _join(self, column: int) -> tuple[dict[str, torch.Size], Rows] | None:
         """A block's small gradients side by side, as one: many small operations would cost more than their arithmetic."""

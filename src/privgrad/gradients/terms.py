@@ -74,6 +74,11 @@ def tensors(share: Share) -> Iterator[Tensor]:
             yield from (tensor for part in value for tensor in tensors(part))
 
 
+def multiplied_out(share: Share) -> Tensor | None:
+    """The gradients, in whatever order, where a share holds them themselves."""
+    return share.gradient if isinstance(share, Rows | Turned) else None
+
+
 @dataclass
 class Rows:
     """The gradients themselves, [units, *shape]. known: their squared norms, where they were taken on the way."""
@@ -107,6 +112,33 @@ class Rows:
 
     def masked(self, mask: Tensor, take: Take) -> Rows:
         return Rows(self.gradient * mask)
+
+
+@dataclass
+class Turned:
+    """A convolution's gradients [units, c, p, *kernel] that were computed backwards: rows and channels have changed places, and
+    kernels their direction.
+
+    Norms are the same in any order, and to turn the sum costs less than to turn every unit's gradient.
+    """
+
+    gradient: Tensor
+    known: Tensor | None
+
+    def dense(self) -> Tensor:
+        return turned(self.gradient, self.gradient.dim() - 3)
+
+    def squares(self) -> Tensor:
+        return Rows(self.gradient, self.known).squares()
+
+    def weighted_sum(self, weights: Tensor, dropped: Tensor | None) -> Tensor:
+        return turned(Rows(self.gradient).weighted_sum(weights, dropped), self.gradient.dim() - 3)
+
+
+def turned(weight: Tensor, dims: int) -> Tensor:
+    """[..., p, c, *kernel] of [..., c, p, *kernel], or the other way round, each kernel (of so many dimensions) backwards."""
+    kernel = range(weight.dim() - dims, weight.dim())
+    return weight.transpose(kernel[0] - 2, kernel[0] - 1).flip(tuple(kernel))
 
 
 @dataclass

@@ -18,10 +18,10 @@ from privgrad.gradients.collector import Weight
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.norms import TRUSTED, hidden, select, upwards, wide
 from privgrad.gradients.precision import exact_convolutions
-from privgrad.gradients.products import gram
+from privgrad.gradients.products import batched_product, gram
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
-from privgrad.gradients.terms import Rows, Share, Take, Term
+from privgrad.gradients.terms import Rows, Share, Take, Term, Turned, turned
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000
@@ -44,34 +44,40 @@ class Convolution:
     geometry: Geometry
 
     def dense(self) -> Tensor:
-        return self._multiplied_out(lambda units, shape, like: like.new_empty(units, *shape)).gradient
+        return self._multiplied_out(lambda units, shape, like: like.new_empty(units, *shape)).dense()
 
-    def masked(self, mask: Tensor, take: Take) -> Rows:
+    def masked(self, mask: Tensor, take: Take) -> Rows | Turned:
         return self._multiplied_out(take, mask)
 
-    def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows:
+    def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows | Turned:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
         A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
         """
-        images, shape = len(self.inputs), self.geometry.shape
-        rows = take(images, shape, self.inputs)
         reverse = self._reverse()
-        squares = []
+        if reverse is None:
+            return self._each(self.inputs, self.gradient, self.geometry, mask, take)
+        mask = None if mask is None else turned(mask, self.geometry.dims)
+        backwards = self._each(self.gradient, self.inputs, reverse, mask, take)
+        return Turned(backwards.gradient, backwards.known)
+
+    def _each(self, inputs: Tensor, gradient: Tensor, geometry: Geometry, mask: Tensor | None, take: Take) -> Rows:
+        images, shape = len(inputs), geometry.shape
         some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(shape))))
+        rows = take(images, shape, inputs) if images > some else None
+        squares = []
         for first in range(0, images, some):
-            inputs, gradient = self.inputs[first : first + some], self.gradient[first : first + some]
-            if reverse is None:
-                part = _each_gradient(inputs, gradient, self.geometry)
-            else:
-                kernel = tuple(range(3, 3 + self.geometry.dims))
-                part = _each_gradient(gradient, inputs, reverse).transpose(1, 2).flip(kernel)
+            part = _each_gradient(inputs[first : first + some], gradient[first : first + some], geometry)
             if mask is not None:
                 part.mul_(mask)
-            rows[first : first + some] = part
             squares.append(Rows(part).squares())
-        if self.geometry.images > 1:
-            return Rows(rows.view(-1, self.geometry.images, *shape).sum(1))
+            if rows is None:
+                rows = part
+            else:
+                rows[first : first + some] = part
+        assert rows is not None
+        if geometry.images > 1:
+            return Rows(rows.view(-1, geometry.images, *shape).sum(1))
         return Rows(rows, torch.cat(squares))
 
     def _reverse(self) -> Geometry | None:
@@ -159,6 +165,11 @@ class Convolution:
 def _each_gradient(inputs: Tensor, gradient: Tensor, geometry: Geometry) -> Tensor:
     """[images, *shape]: every image's own weight gradient."""
     images, shape = len(inputs), geometry.shape
+    if geometry.groups == 1 and math.prod(shape[2:]) == 1 and not any(geometry.padding):
+        # A product of what went in, and what came back, at the same places.
+        every = [slice(None, None, step) for step in (1, 1, *geometry.stride)]
+        seen = inputs[tuple(every)]
+        return batched_product(gradient.flatten(2), seen.flatten(2).transpose(1, 2)).view(images, *shape)
     return _weight_gradient(
         inputs.reshape(1, -1, *inputs.shape[2:]),
         gradient.reshape(1, -1, *gradient.shape[2:]),
