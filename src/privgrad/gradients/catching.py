@@ -31,7 +31,8 @@ from privgrad.gradients.batched import (
 )
 from privgrad.gradients.collector import Collector, Weight
 from privgrad.gradients.norms import wide
-from privgrad.gradients.terms import Rows, Term
+from privgrad.gradients.rows import Rows
+from privgrad.gradients.terms import Term
 
 Rule = Callable[..., Any]
 """rule(scope, *args, **kwargs) with an operator's own arguments: its output, or NotImplemented for copies per row."""

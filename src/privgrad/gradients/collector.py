@@ -13,7 +13,8 @@ from privgrad.gradients.contract import Identity, Need, Request, add_weighted, m
 from privgrad.gradients.folding import Folding
 from privgrad.gradients.memory import Workspace
 from privgrad.gradients.norms import wide
-from privgrad.gradients.terms import Outer, Rows, Share, Term, combined, multiplied_out, tensors
+from privgrad.gradients.rows import Rows, multiplied_out
+from privgrad.gradients.terms import Outer, Share, Term, combined, tensors
 
 _SMALL = 2**19
 """Gradients that take so many bytes at most, for all units, are handled together with the others of their block."""

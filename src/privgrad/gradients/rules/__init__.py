@@ -25,8 +25,9 @@ from privgrad.errors import PrivgradError
 from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
+from privgrad.gradients.rows import Rows
 from privgrad.gradients.rules import attention, convolution, embedding, linear, normalization, recurrent
-from privgrad.gradients.terms import Rows, Term
+from privgrad.gradients.terms import Term
 
 RULES: Mapping[Any, Rule] = {
     **linear.RULES,

@@ -19,9 +19,10 @@ from privgrad.gradients.folding import Folding
 from privgrad.gradients.norms import TRUSTED, hidden, select, upwards, wide
 from privgrad.gradients.precision import exact_convolutions
 from privgrad.gradients.products import batched_product, gram
+from privgrad.gradients.rows import Rows, Take, Turned, turned
 from privgrad.gradients.rules import windows
 from privgrad.gradients.rules.windows import Geometry
-from privgrad.gradients.terms import Rows, Share, Take, Term, Turned, turned
+from privgrad.gradients.terms import Share, Term
 
 _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000

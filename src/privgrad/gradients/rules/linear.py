@@ -14,7 +14,8 @@ from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.norms import wide
-from privgrad.gradients.terms import Outer, Rows, Term
+from privgrad.gradients.rows import Rows
+from privgrad.gradients.terms import Outer, Term
 
 
 def linear(scope: Scope, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

@@ -13,7 +13,8 @@ from privgrad.gradients.batched import is_batched
 from privgrad.gradients.catching import Rule, Scope
 from privgrad.gradients.collector import Weight
 from privgrad.gradients.norms import wide
-from privgrad.gradients.terms import Rows, Term
+from privgrad.gradients.rows import Rows
+from privgrad.gradients.terms import Term
 
 
 def layer_norm(
