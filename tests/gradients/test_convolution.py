@@ -48,6 +48,20 @@ def test_gradients_are_those_of_one_image_after_the_other(drawn: tuple[Tensor, T
     torch.testing.assert_close(Convolution(inputs, gradient, geometry).dense(), torch.stack(expected))
 
 
+@pytest.mark.parametrize(("channels", "rows"), [(32, 32), (32, 5), (16, 5), (64, 3)])
+@pytest.mark.parametrize("images", [1, 3])
+def test_large_images_have_the_gradients_of_small_ones(channels: int, rows: int, images: int) -> None:
+    """They go one at a time."""
+    inputs, gradient = torch.randn(3, channels, 32, 32), torch.randn(3, rows, 32, 32)
+    geometry = Geometry(torch.Size([rows, channels, 3, 3]), [1, 1], [1, 1], [1, 1], 1, images)
+    windows = F.unfold(inputs.double(), 3, padding=1)
+    expected = torch.einsum("npt,nct->npc", gradient.double().flatten(2), windows)
+    expected = expected.view(-1, images, *geometry.shape).sum(1)
+    share = Convolution(inputs, gradient, geometry)._multiplied_out(_new)
+    torch.testing.assert_close(share.dense().double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(share.squares().double(), expected.flatten(1).square().sum(1), rtol=1e-4, atol=0)
+
+
 @given(convolutions(), st.booleans(), st.sampled_from([1, 3]))
 @settings(max_examples=150, deadline=None)
 def test_what_waits_for_the_weights_has_the_norms_and_sums_of_the_gradients(

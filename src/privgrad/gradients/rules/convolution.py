@@ -28,6 +28,10 @@ _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
+_LARGE_IMAGE = 2**15
+_MANY_PIXELS, _FEW_CHANNELS, _SOME_ROWS = 1024, 32, 4
+"""Images of so many numbers go one at a time. Backwards, those of so many pixels, and so few channels, for so many rows."""
+
 _LANES = 8
 """oneDNN's kernels take output channels in multiples of so many, and fill up what is missing."""
 
@@ -53,18 +57,25 @@ class Convolution:
     def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows | Turned:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
-        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
+        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients. Large
+        images go alone, where a call each costs less than to lay them out for all.
         """
         reverse = self._reverse()
         if reverse is None:
-            return self._each(self.inputs, self.gradient, self.geometry, mask, take)
+            alone = self.inputs[0].numel() >= _LARGE_IMAGE
+            return self._each(self.inputs, self.gradient, self.geometry, mask, take, alone=alone)
         mask = None if mask is None else turned(mask, self.geometry.dims)
-        backwards = self._each(self.gradient, self.inputs, reverse, mask, take)
+        rows, channels, pixels = *self.geometry.shape[:2], math.prod(self.inputs.shape[2:])
+        alone = pixels >= _MANY_PIXELS and channels <= _FEW_CHANNELS and rows >= _SOME_ROWS
+        backwards = self._each(self.gradient, self.inputs, reverse, mask, take, alone=alone)
         return Turned(backwards.gradient, backwards.known)
 
-    def _each(self, inputs: Tensor, gradient: Tensor, geometry: Geometry, mask: Tensor | None, take: Take) -> Rows:
+    def _each(
+        self, inputs: Tensor, gradient: Tensor, geometry: Geometry, mask: Tensor | None, take: Take, *, alone: bool
+    ) -> Rows:
         images, shape = len(inputs), geometry.shape
         some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(shape))))
+        some = 1 if alone and not inputs.is_cuda else some
         rows = take(images, shape, inputs) if images > some else None
         squares = []
         for first in range(0, images, some):
