@@ -29,8 +29,9 @@ _NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
 _LARGE_IMAGE = 2**15
-_MANY_PIXELS, _FEW_CHANNELS, _SOME_ROWS = 1024, 32, 4
-"""Images of so many numbers go one at a time. Backwards, those of so many pixels, and so few channels, for so many rows."""
+_MANY_PIXELS, _FEW_CHANNELS, _SOME_ROWS = 1024, 16, 4
+"""For few rows, images of so many numbers go one at a time; backwards, those of so many pixels and so few channels, from so many
+rows on (measured on CPUs)."""
 
 _LANES = 8
 """oneDNN's kernels take output channels in multiples of so many, and fill up what is missing."""
@@ -57,12 +58,12 @@ class Convolution:
     def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows | Turned:
         """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
 
-        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients. Large
-        images go alone, where a call each costs less than to lay them out for all.
+        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients. For few
+        rows large images go alone: a call each costs less than to lay them out for all.
         """
         reverse = self._reverse()
         if reverse is None:
-            alone = self.inputs[0].numel() >= _LARGE_IMAGE
+            alone = self._few() and self.inputs[0].numel() >= _LARGE_IMAGE
             return self._each(self.inputs, self.gradient, self.geometry, mask, take, alone=alone)
         mask = None if mask is None else turned(mask, self.geometry.dims)
         rows, channels, pixels = *self.geometry.shape[:2], math.prod(self.inputs.shape[2:])
@@ -99,14 +100,18 @@ class Convolution:
         gradient[o, s + k' - p'] with k' = K - 1 - k and p' = K - 1 - p: the same, backwards (K - 1 times the dilation).
         """
         geometry, (rows, channels, *kernel) = self.geometry, self.geometry.shape
-        few = 2 * rows < channels and rows % _LANES and math.prod(kernel) > 1
-        if not few or geometry.groups > 1 or self.inputs.is_cuda:
+        if not self._few() or math.prod(kernel) == 1 or geometry.groups > 1 or self.inputs.is_cuda:
             return None
         spans = [step * (size - 1) for step, size in zip(geometry.dilation, kernel, strict=True)]
         padding = [span - pad for span, pad in zip(spans, geometry.padding, strict=True)]
         if max(geometry.stride) > 1 or min(padding) < 0:
             return None
         return replace(geometry, shape=torch.Size([channels, rows, *kernel]), padding=padding)
+
+    def _few(self) -> bool:
+        """Rows that leave most of a kernel for several at a time empty."""
+        rows, channels = self.geometry.shape[:2]
+        return 2 * rows < channels and rows % _LANES > 0
 
     def squares(self) -> Tensor:
         """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
