@@ -48,10 +48,10 @@ def test_gradients_are_those_of_one_image_after_the_other(drawn: tuple[Tensor, T
     torch.testing.assert_close(Convolution(inputs, gradient, geometry).dense(), torch.stack(expected))
 
 
-@pytest.mark.parametrize(("channels", "rows"), [(32, 32), (32, 5), (16, 5), (64, 3)])
+@pytest.mark.parametrize(("channels", "rows"), [(32, 32), (32, 5), (16, 5), (64, 3), (16, 20), (20, 5)])
 @pytest.mark.parametrize("images", [1, 3])
 def test_large_images_have_the_gradients_of_small_ones(channels: int, rows: int, images: int) -> None:
-    """They go one at a time."""
+    """A few at a time, by kernels for full registers."""
     inputs, gradient = torch.randn(3, channels, 32, 32), torch.randn(3, rows, 32, 32)
     geometry = Geometry(torch.Size([rows, channels, 3, 3]), [1, 1], [1, 1], [1, 1], 1, images)
     windows = F.unfold(inputs.double(), 3, padding=1)
@@ -85,9 +85,13 @@ def _new(units: int, shape: torch.Size, like: Tensor) -> Tensor:
     return like.new_empty(units, *shape)
 
 
-@pytest.mark.parametrize(("rows", "reversed_"), [(1, True), (7, True), (8, False), (9, False)])
-def test_few_rows_are_computed_backwards(rows: int, reversed_: bool) -> None:
-    """Where a kernel for several rows at a time would be mostly empty."""
-    geometry = Geometry(torch.Size([rows, 16, 3, 3]), [1, 1], [1, 1], [1, 1], 1, 1)
-    images = torch.randn(2, 16, 5, 5), torch.randn(2, rows, 5, 5)
-    assert (Convolution(*images, geometry)._reverse() is not None) is reversed_
+@pytest.mark.parametrize(
+    ("channels", "rows", "reversed_", "filled"),
+    [(16, 1, True, 8), (16, 7, False, 8), (16, 8, False, 8), (16, 9, False, 16), (16, 17, False, 32), (20, 7, True, 7)],
+)
+def test_few_rows_are_computed_backwards_or_filled_up(channels: int, rows: int, reversed_: bool, filled: int) -> None:
+    """Where a kernel for several rows at a time would be mostly empty, and where a faster one takes a full register."""
+    geometry = Geometry(torch.Size([rows, channels, 3, 3]), [1, 1], [1, 1], [1, 1], 1, 1)
+    term = Convolution(torch.randn(2, channels, 5, 5), torch.randn(2, rows, 5, 5), geometry)
+    assert (term._reverse() is not None) is reversed_
+    assert term._filled() == filled

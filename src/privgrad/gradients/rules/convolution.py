@@ -28,13 +28,8 @@ _IMAGES_AT_ONCE = 32
 _NUMBERS_AT_ONCE = 600_000
 """How many images, and weight gradients in numbers, one grouped convolution may have (measured on CPUs)."""
 
-_LARGE_IMAGE = 2**15
-_MANY_PIXELS, _FEW_CHANNELS, _SOME_ROWS = 1024, 16, 4
-"""For few rows, images of so many numbers go one at a time; backwards, those of so many pixels and so few channels, from so many
-rows on (measured on CPUs)."""
-
-_LANES = 8
-"""oneDNN's kernels take output channels in multiples of so many, and fill up what is missing."""
+_HALF, _LANES = 8, 16
+"""oneDNN's fast kernels have so many channels in a register, or half: what is missing is filled up here, or by slower kernels."""
 
 _MANY_WEIGHTS = 100_000
 _SHARE = 0.35
@@ -56,42 +51,19 @@ class Convolution:
         return self._multiplied_out(take, mask)
 
     def _multiplied_out(self, take: Take, mask: Tensor | None = None) -> Rows | Turned:
-        """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
-
-        A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients. For few
-        rows large images go alone: a call each costs less than to lay them out for all.
-        """
         reverse = self._reverse()
         if reverse is None:
-            alone = self._few() and self.inputs[0].numel() >= _LARGE_IMAGE
-            return self._each(self.inputs, self.gradient, self.geometry, mask, take, alone=alone)
+            return _of_each(self.inputs, self.gradient, self.geometry, mask, take, self._filled())
         mask = None if mask is None else turned(mask, self.geometry.dims)
-        rows, channels, pixels = *self.geometry.shape[:2], math.prod(self.inputs.shape[2:])
-        alone = pixels >= _MANY_PIXELS and channels <= _FEW_CHANNELS and rows >= _SOME_ROWS
-        backwards = self._each(self.gradient, self.inputs, reverse, mask, take, alone=alone)
+        backwards = _of_each(self.gradient, self.inputs, reverse, mask, take, reverse.shape[0])
         return Turned(backwards.gradient, backwards.known)
 
-    def _each(
-        self, inputs: Tensor, gradient: Tensor, geometry: Geometry, mask: Tensor | None, take: Take, *, alone: bool
-    ) -> Rows:
-        images, shape = len(inputs), geometry.shape
-        some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(shape))))
-        some = 1 if alone and not inputs.is_cuda else some
-        rows = take(images, shape, inputs) if images > some else None
-        squares = []
-        for first in range(0, images, some):
-            part = _each_gradient(inputs[first : first + some], gradient[first : first + some], geometry)
-            if mask is not None:
-                part.mul_(mask)
-            squares.append(Rows(part).squares())
-            if rows is None:
-                rows = part
-            else:
-                rows[first : first + some] = part
-        assert rows is not None
-        if geometry.images > 1:
-            return Rows(rows.view(-1, geometry.images, *shape).sum(1))
-        return Rows(rows, torch.cat(squares))
+    def _filled(self) -> int:
+        """Rows with those of zeros that make the fast kernels take them."""
+        geometry, (rows, channels) = self.geometry, self.geometry.shape[:2]
+        if geometry.groups > 1 or channels % _LANES or self.inputs.is_cuda or math.prod(geometry.shape[2:]) == 1:
+            return rows
+        return _HALF if rows <= _HALF else -(-rows // _LANES) * _LANES
 
     def _reverse(self) -> Geometry | None:
         """For few rows, with which oneDNN is slow: the geometry in which input and output gradient have changed places.
@@ -100,18 +72,17 @@ class Convolution:
         gradient[o, s + k' - p'] with k' = K - 1 - k and p' = K - 1 - p: the same, backwards (K - 1 times the dilation).
         """
         geometry, (rows, channels, *kernel) = self.geometry, self.geometry.shape
-        if not self._few() or math.prod(kernel) == 1 or geometry.groups > 1 or self.inputs.is_cuda:
+        if 2 * rows >= channels or rows % _HALF == 0 or geometry.groups > 1 or self.inputs.is_cuda:
+            return None
+        # Backwards each row costs the same; filled up, all rows together do, and the more so the smaller the image is.
+        full, pixels = rows / self._filled(), math.prod(self.gradient.shape[2:])
+        if math.prod(kernel) == 1 or (channels % _LANES == 0 and full**3 * pixels > channels):
             return None
         spans = [step * (size - 1) for step, size in zip(geometry.dilation, kernel, strict=True)]
         padding = [span - pad for span, pad in zip(spans, geometry.padding, strict=True)]
         if max(geometry.stride) > 1 or min(padding) < 0:
             return None
         return replace(geometry, shape=torch.Size([channels, rows, *kernel]), padding=padding)
-
-    def _few(self) -> bool:
-        """Rows that leave most of a kernel for several at a time empty."""
-        rows, channels = self.geometry.shape[:2]
-        return 2 * rows < channels and rows % _LANES > 0
 
     def squares(self) -> Tensor:
         """By the Gram matrices of output gradients and of the windows that they saw, a few units at a time."""
@@ -177,6 +148,38 @@ class Convolution:
             return images.flatten(2)
         units = images.reshape(-1, self.geometry.images, *images.shape[1:]).transpose(1, 2)
         return units.flatten(2)
+
+
+def _of_each(
+    inputs: Tensor, gradient: Tensor, geometry: Geometry, mask: Tensor | None, take: Take, filled: int
+) -> Rows:
+    """Calls with as many groups as images: the groups of the weight gradient are the images' gradients.
+
+    A few images at a time: oneDNN lays the result out anew, and beyond the cache that costs more than the gradients.
+    filled: rows to compute, of which all beyond the geometry's are zeros, and are left out again.
+    """
+    images, shape = len(inputs), geometry.shape
+    more = filled - shape[0]
+    if more:
+        gradient = F.pad(gradient, (*[0, 0] * geometry.dims, 0, more))
+    whole = replace(geometry, shape=torch.Size([filled, *shape[1:]]))
+    some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(whole.shape))))
+    rows = take(images, shape, inputs) if more or images > some else None
+    squares = []
+    for first in range(0, images, some):
+        part = _each_gradient(inputs[first : first + some], gradient[first : first + some], whole)[:, : shape[0]]
+        if mask is not None:
+            part.mul_(mask)
+        if rows is None:
+            rows = part
+        else:
+            rows[first : first + some] = part
+            part = rows[first : first + some]
+        squares.append(Rows(part).squares())
+    assert rows is not None
+    if geometry.images > 1:
+        return Rows(rows.view(-1, geometry.images, *shape).sum(1))
+    return Rows(rows, torch.cat(squares))
 
 
 def _each_gradient(inputs: Tensor, gradient: Tensor, geometry: Geometry) -> Tensor:
