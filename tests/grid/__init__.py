@@ -163,7 +163,8 @@ def write_data(directory: Path) -> None:
     rows = np.column_stack([digits.data, digits.target]).astype(int)
     header = ",".join([*_FEATURES, "digit", "writer"])
     for name, part in _PARTS.items():
-        lines = [",".join(map(str, row)) + f",w{place // _RECORDS_OF_A_WRITER}" for place, row in enumerate(rows[part])]
+        writers = (f"{name}{place // _RECORDS_OF_A_WRITER}" for place in range(len(rows)))
+        lines = [f"{','.join(map(str, row))},{writer}" for row, writer in zip(rows[part], writers, strict=False)]
         (directory / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
 
 

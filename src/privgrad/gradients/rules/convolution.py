@@ -160,14 +160,14 @@ def _of_each(
     """
     images, shape = len(inputs), geometry.shape
     more = filled - shape[0]
-    if more:
-        gradient = F.pad(gradient, (*[0, 0] * geometry.dims, 0, more))
     whole = replace(geometry, shape=torch.Size([filled, *shape[1:]]))
     some = max(1, min(_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, math.prod(whole.shape))))
     rows = take(images, shape, inputs) if more or images > some else None
     squares = []
     for first in range(0, images, some):
-        part = _each_gradient(inputs[first : first + some], gradient[first : first + some], whole)[:, : shape[0]]
+        given = gradient[first : first + some]
+        given = F.pad(given, (*[0, 0] * geometry.dims, 0, more)) if more else given
+        part = _each_gradient(inputs[first : first + some], given, whole)[:, : shape[0]]
         if mask is not None:
             part.mul_(mask)
         if rows is None:
