@@ -278,9 +278,9 @@ def _sparse_words(rows: Rows) -> str:
     cost = whole - times["privgrad-bare"]
     by_rows, by_layers = times["privgrad-sparse"], times["privgrad-sparse-layers"]
     return (
-        f"On WRN-16-4 `rows` removes {(whole - by_rows) / cost:.0%} of what weight gradients, norms and noise cost\n"
+        f"On WRN-16-4 `rows` removes {(whole - by_rows) / cost:.1%} of what weight gradients, norms and noise cost\n"
         f"(no mask less `bare`) and makes the step {whole / by_rows:.2f} times as fast; `layers` removes\n"
-        f"{(whole - by_layers) / cost:.0%}, since input gradients go, too, and makes it {whole / by_layers:.2f} times as fast."
+        f"{(whole - by_layers) / cost:.1%}, since input gradients go, too, and makes it {whole / by_layers:.2f} times as fast."
     )
 
 
